@@ -1,0 +1,89 @@
+"""Named configurations of the encoder-only VPP host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class VppEoConfig:
+    """Sizes of one encoder-only VPP network.
+
+    Attributes:
+        name: Configuration name, ``vpp-eo-*``.
+        classes: Names of the object classes; the class head has one more output, for "no object".
+        embed_dim: Token width C.
+        heads: Attention heads of each block.
+        depth: Transformer blocks.
+        mlp_ratio: Width of the block's MLP over C.
+        patch_size: Side of a square patch, pixels.
+        image_size: (height, width) that the position embedding was trained at; other sizes resample it.
+        queries: Learned object queries Q.
+        query_block: Block at which the queries join the patch tokens; not before the last selection.
+        mask_dim: Channels of the mask features at stride 8.
+        map_block: Block before which Map-SM selects from the prior.
+        selection_blocks: Blocks before which the selective modules choose among the tokens still there.
+        prior_block: Block whose output gives the keep logits that the next frame uses.
+        mean, std: Normalisation of RGB values in [0, 1].
+
+    The blocks of selection and prior are those of Video Patch Pruning (arXiv:2604.00827).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    embed_dim: int
+    heads: int
+    depth: int = 12
+    mlp_ratio: int = 4
+    patch_size: int = 16
+    image_size: tuple[int, int] = (288, 512)
+    queries: int = 50
+    query_block: int = 9
+    mask_dim: int = 96
+    map_block: int = 1
+    selection_blocks: tuple[int, ...] = (3, 6, 9)
+    prior_block: int = 5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Blocks before which a selection stage stands."""
+        return (self.map_block, *self.selection_blocks)
+
+    @property
+    def stages(self) -> int:
+        """Selection stages: Map-SM and the selective modules."""
+        return len(self.stage_blocks)
+
+    @property
+    def prior_stage(self) -> int:
+        """Selection stage in force at ``prior_block``."""
+        return sum(block <= self.prior_block for block in self.selection_blocks)
+
+
+_ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))
+
+CONFIGS: dict[str, VppEoConfig] = {
+    config.name: config
+    for config in (
+        VppEoConfig("vpp-eo-micro", _ABSTRACT_CLASSES, embed_dim=48, heads=3, image_size=(96, 160), queries=8, mask_dim=24),
+        VppEoConfig("vpp-eo-nano", _ABSTRACT_CLASSES, embed_dim=128, heads=2, queries=24, mask_dim=64),
+        VppEoConfig("vpp-eo-tiny", _ABSTRACT_CLASSES, embed_dim=192, heads=3, mask_dim=96),
+        VppEoConfig("vpp-eo-small", _ABSTRACT_CLASSES, embed_dim=384, heads=6, mask_dim=128),
+    )
+}
+
+
+def config_by_name(name: str, classes: tuple[str, ...] | None = None) -> VppEoConfig:
+    """The named configuration, with other classes if given.
+
+    Raises:
+        KeyError: No such name; the message lists the names there are.
+    """
+    if name not in CONFIGS:
+        raise KeyError(f"no model is called {name!r}; there are {', '.join(CONFIGS)}")
+    return CONFIGS[name] if classes is None else replace(CONFIGS[name], classes=tuple(classes))

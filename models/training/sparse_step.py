@@ -1,0 +1,127 @@
+"""The step of :class:`models.vpp_eo.VppEo` in the form that trains: nothing is removed, masks do the selecting.
+
+Pruned tokens are hidden as attention keys and keep their value: ``mask * block(x) + (1 - mask) * x``, with a
+straight-through mask, so that the selectors receive gradients (Video Patch Pruning, arXiv:2604.00827). Without noise
+the result equals the pruned network's; a test holds that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models import selection
+from models.vpp_eo import State, VppEo
+
+GUMBEL_SCALE = 10.0  # logits enter the softmax as l + g / 10
+
+
+@dataclass
+class Trace:
+    """What a training step saw on its way, for the losses.
+
+    Attributes:
+        predictions: (class logits, mask logits) after each block that carries queries, the last is the result.
+        map_probability: Map-SM's soft keep probability [B, N]; None where no clip of the batch had a prior.
+        stage_decisions: Straight-through two-logit decision [B, N] of each selective module.
+        features: Final dense tokens [B, N, C].
+    """
+
+    predictions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    map_probability: Tensor | None = None
+    stage_decisions: list[Tensor] = field(default_factory=list)
+    features: Tensor | None = None
+
+
+def masked_step(
+    model: VppEo, image: Tensor, state: State, token_budget: Tensor | None, *, noise: bool
+) -> tuple[Trace, State]:
+    """Run one frame of a batch of clips, each with its own budget.
+
+    Args:
+        image: uint8 [B, H, W, 3].
+        state: The state that the frame before left.
+        token_budget: int64 [B, stages]; None runs dense.
+        noise: Add Gumbel noise to every decision.
+    """
+    config, trace = model.config, Trace()
+    x, queries = model.embed(image), state.queries
+    keys, keep_logits, kept = state.keys, state.keep_logits, state.kept
+    mask: Tensor | None = None
+
+    for number, block in enumerate(model.blocks):
+        if token_budget is not None and number in config.stage_blocks:
+            stage = config.stage_blocks.index(number)
+            keys = x if stage == 0 else keys
+            score = _score(model, stage, x, state, trace, noise)
+            mask = _top_mask(score, token_budget[:, stage], mask)
+        joined = number >= config.query_block
+        x, queries = _masked_block(block, x, mask, queries if joined else None, queries)
+        if number == config.prior_block and token_budget is not None:
+            keep_logits, kept = model.map_selector.predictor(x), mask.detach() > 0.5
+        if joined:
+            trace.predictions.append(model.mask_head(x, queries))
+
+    trace.features = x
+    return trace, State(keys, keep_logits, kept, model.next_queries(queries))
+
+
+def _masked_block(block, x: Tensor, mask: Tensor | None, joined: Tensor | None, queries: Tensor):
+    """One block over all patches, and over the queries if they have joined; pruned patches keep their value."""
+    tokens = x if joined is None else torch.cat([x, joined], dim=1)
+    key_mask = None
+    if mask is not None:
+        visible = mask.detach() > 0.5
+        key_mask = visible if joined is None else torch.cat([visible, visible.new_ones(joined.shape[:2])], dim=1)
+    result = block(tokens, key_mask)
+    patches = result[:, : x.shape[1]]
+    if mask is not None:
+        patches = x + mask.unsqueeze(2) * (patches - x)
+    return patches, queries if joined is None else result[:, x.shape[1] :]
+
+
+def _score(model: VppEo, stage: int, x: Tensor, state: State, trace: Trace, noise: bool) -> Tensor:
+    """Ranking score [B, N] of one stage, with its decision noted for the ratio loss."""
+    if stage == 0:
+        association = _straight_through_argmax(model.map_selector.association(x, state), noise)
+        score = model.map_selector.smooth(selection.keep_score(association @ state.keep_logits))
+        score = _with_noise(score, noise)
+        has_prior = state.kept.any(1)
+        if has_prior.any():
+            trace.map_probability = score[has_prior].sigmoid()
+        return score
+    score = _with_noise(selection.keep_score(model.selectors[stage - 1](x)), noise)
+    soft = score.sigmoid()
+    trace.stage_decisions.append((score >= 0).to(soft.dtype) - soft.detach() + soft)
+    return score
+
+
+def _straight_through_argmax(logits: Tensor, noise: bool) -> Tensor:
+    """One-hot argmax of [B, N, N] with the gradient of the softmax; all-(-inf) rows give a zero gradient."""
+    if noise:
+        logits = logits - torch.empty_like(logits).exponential_().log() / GUMBEL_SCALE
+    empty = torch.isinf(logits).all(2, keepdim=True)
+    soft = torch.where(empty, 0.0, logits).softmax(2)
+    hard = torch.zeros_like(soft).scatter_(2, logits.argmax(2, keepdim=True), 1.0)
+    return torch.where(empty, hard, hard - soft.detach() + soft)
+
+
+def _with_noise(score: Tensor, noise: bool) -> Tensor:
+    """Add the difference of two Gumbel draws, scaled as published."""
+    if not noise:
+        return score
+    draws = torch.empty(2, *score.shape, device=score.device).exponential_().log()
+    return score + (draws[1] - draws[0]) / GUMBEL_SCALE
+
+
+def _top_mask(score: Tensor, counts: Tensor, previous: Tensor | None) -> Tensor:
+    """Straight-through mask [B, N] of the ``counts`` [B] highest scores among the tokens of ``previous``."""
+    ranked = score if previous is None else score.masked_fill(previous.detach() < 0.5, float("-inf"))
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.zeros_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    hard = (rank < counts.unsqueeze(1)).to(score.dtype)
+    soft = score.sigmoid()
+    mask = hard - soft.detach() + soft
+    return mask if previous is None else mask * previous

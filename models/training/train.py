@@ -1,0 +1,334 @@
+"""Train an encoder-only VPP network on a folder in YouTube-VIS layout.
+
+Two stages, as in Video Patch Pruning (arXiv:2604.00827): ``dense`` learns the task without selection, ``sparse`` goes
+on from it with a budget sampled for each clip, so that one checkpoint serves every budget.
+
+    python -m models.training.train dense  --data DATA --output runs/dense --model vpp-eo-nano
+    python -m models.training.train sparse --data DATA --output runs/sparse --init runs/dense/model.safetensors
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.configs import config_by_name
+from models.training.losses import Identities, pairwise_cost, ratio_loss, set_loss
+from models.training.sparse_step import Trace, masked_step
+from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
+from models.vpp_eo import State, VppEo, at_image_size
+from runtime.budget import reset_budget, stage_ratios, token_budget
+from runtime.errors import CheckpointError
+
+PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
+BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
+RATIO_RANGE = (0.3, 1.0)  # the other half is spread evenly over these
+
+
+class Stage(str, Enum):
+    """What a run trains."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run, written beside its weights.
+
+    Attributes:
+        size: (height, width) of training crops, pixels.
+        frames: Frames per clip; gradients flow through ``truncate`` of them.
+        max_gap: Largest distance between frames of a clip, in frames of the video.
+        zoom: Range of the zoom of a crop; 1 shows as much of the frame as fits.
+        semantic_weight: Weight of the auxiliary per-pixel class loss; its head is not part of the checkpoint.
+    """
+
+    stage: Stage
+    data: str
+    model: str
+    steps: int
+    batch: int
+    size: tuple[int, int]
+    frames: int
+    truncate: int
+    max_gap: int
+    zoom: tuple[float, float]
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    clip_norm: float
+    semantic_weight: float
+    seed: int
+    bf16: bool
+    init: str | None
+
+
+class SemanticHead(nn.Module):
+    """Per-pixel classes at stride 8 from the final tokens; speeds up learning from scratch, then is thrown away."""
+
+    def __init__(self, model: VppEo) -> None:
+        super().__init__()
+        self.patch_grid = model.patch_grid
+        self.classes = len(model.config.classes) + 1
+        self.predict = nn.Linear(model.config.embed_dim, 4 * self.classes)
+
+    def loss(self, tokens: Tensor, label_map: Tensor) -> Tensor:
+        """Cross entropy of tokens [B, N, C] against class indices [B, H / 8, W / 8]; the last class is background."""
+        grid = self.predict(tokens).unflatten(-1, (self.classes, 2, 2)).unflatten(1, self.patch_grid)
+        logits = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        weight = torch.ones(self.classes)
+        weight[-1] = BACKGROUND_WEIGHT
+        return F.cross_entropy(logits.float(), label_map, weight)
+
+
+class Clip:
+    """The targets of one training clip: ``labels`` int64 [O], ``masks`` float [O, T, H / 4, W / 4]."""
+
+    def __init__(self, target: Target, classes: int) -> None:
+        masks = target["masks"].float()
+        self.labels = target["labels"]
+        self.masks = F.avg_pool2d(masks, 4) if len(masks) else masks.new_zeros(0, *masks.shape[1:2], 1, 1)
+        self.visible = masks.flatten(2).any(2)  # [O, T]
+        frames, height, width = masks.shape[1:]
+        self.label_maps = torch.full((frames, height // 8, width // 8), classes)
+        for label, mask in zip(self.labels, masks, strict=True):
+            self.label_maps[F.avg_pool2d(mask, 8) > 0.5] = label
+        self.identities = Identities()
+
+
+class Trainer:
+    """Weights, optimiser and step count of one run; saved and restored as one file."""
+
+    def __init__(self, recipe: Recipe, model: VppEo, folder: Path) -> None:
+        self.recipe, self.model, self.folder = recipe, model, folder
+        self.semantic = SemanticHead(model)
+        self.optimiser = torch.optim.AdamW(self._parameter_groups(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+        self.step = 0
+
+    def _parameter_groups(self) -> list[dict]:
+        named = [*self.model.named_parameters(), *self.semantic.named_parameters()]
+        decayed = [p for name, p in named if p.ndim > 1 and "pos_embed" not in name and name != "queries"]
+        rest = [p for name, p in named if not any(p is other for other in decayed)]
+        return [
+            {"params": decayed, "weight_decay": self.recipe.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine down to 1 % of the peak."""
+        recipe = self.recipe
+        if self.step < recipe.warmup:
+            return recipe.learning_rate * (self.step + 1) / recipe.warmup
+        share = (self.step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+        return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share))))
+
+    def save(self) -> None:
+        """Write everything needed to go on, whole or not at all."""
+        content = {
+            "model": self.model.state_dict(),
+            "semantic": self.semantic.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        partial = self.folder / ".resume.pt.partial"
+        torch.save(content, partial)
+        os.replace(partial, self.folder / "resume.pt")
+        save_checkpoint(self.model, self.folder / "model.safetensors", notes={"steps": str(self.step)})
+
+    def restore(self) -> bool:
+        """Go on from ``resume.pt`` if there is one."""
+        path = self.folder / "resume.pt"
+        if not path.exists():
+            return False
+        content = torch.load(path, weights_only=True)
+        self.model.load_state_dict(content["model"])
+        self.semantic.load_state_dict(content["semantic"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.step = content["step"]
+        return True
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step on a batch of clips; returns the mean of each loss term."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)  # a resumed run draws what it would have drawn
+        rate = self.learning_rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        terms = self._clip_loss(batch["images"], batch["targets"])
+        norm = nn.utils.clip_grad_norm_(
+            [p for group in self.optimiser.param_groups for p in group["params"]], self.recipe.clip_norm
+        )
+        if torch.isfinite(norm):  # a broken step is skipped, not learned from
+            self.optimiser.step()
+        self.step += 1
+        return {**terms, "norm": float(norm)}
+
+    def _clip_loss(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
+        """Run the clips frame by frame and back-propagate every ``truncate`` frames."""
+        recipe, model = self.recipe, self.model
+        clips = [Clip(target, len(model.config.classes)) for target in targets]
+        ratios = self._sample_ratios(len(clips))
+        state = model.initial_state(len(clips))
+        state = state._replace(queries=model.queries.expand(len(clips), -1, -1))
+        totals: dict[str, float] = {}
+        pending: list[Tensor] = []
+        for t in range(recipe.frames):
+            budget = None if recipe.stage is Stage.DENSE else self._budgets(ratios, first=t == 0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                trace, state = masked_step(model, images[:, t], state, budget, noise=True)
+                terms = self._frame_terms(trace, clips, t)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.frames
+            pending.append(torch.stack(list(terms.values())).sum() / recipe.frames)
+            if len(pending) == recipe.truncate or t == recipe.frames - 1:
+                torch.stack(pending).sum().backward()
+                pending, state = [], State(*(entry.detach() for entry in state))
+        return totals
+
+    def _frame_terms(self, trace: Trace, clips: list[Clip], t: int) -> dict[str, Tensor]:
+        """Loss terms of one frame, averaged over the clips."""
+        final = [self._match(trace.predictions[-1], b, clip, t) for b, clip in enumerate(clips)]
+        predictions = [
+            torch.stack([
+                set_loss(classes[b].float(), masks[b].float(), queries, clip.labels[shown], clip.masks[shown, t])
+                for b, (clip, (shown, queries)) in enumerate(zip(clips, final, strict=True))
+            ]).mean()
+            for classes, masks in trace.predictions
+        ]
+        label_map = torch.stack([clip.label_maps[t] for clip in clips])
+        terms = {
+            "set": predictions[-1],
+            "deep": torch.stack(predictions[:-1]).mean(),
+            "pixels": self.recipe.semantic_weight * self.semantic.loss(trace.features, label_map),
+        }
+        if trace.stage_decisions:
+            targets = list(stage_ratios(PRESET_RATIO)[1:])
+            terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
+        return terms
+
+    @staticmethod
+    def _match(prediction: tuple[Tensor, Tensor], index: int, clip: Clip, t: int) -> tuple[list[int], list[int]]:
+        """(objects visible in frame t, the query of each)."""
+        shown = clip.visible[:, t].nonzero().flatten().tolist()
+        if not shown:
+            return [], []
+        with torch.no_grad():
+            classes, masks = prediction[0][index].float(), prediction[1][index].float()
+            cost = pairwise_cost(classes, masks, clip.labels[shown], clip.masks[shown, t])
+        return shown, clip.identities.match(cost, shown)
+
+    def _sample_ratios(self, count: int) -> list[float]:
+        rng = np.random.default_rng((self.recipe.seed, self.step))
+        return [PRESET_RATIO if rng.random() < 0.5 else float(rng.uniform(*RATIO_RANGE)) for _ in range(count)]
+
+    def _budgets(self, ratios: list[float], *, first: bool) -> Tensor:
+        patches = self.model.patch_count
+        budgets = [token_budget(patches, ratio) for ratio in ratios]
+        return torch.tensor([reset_budget(budget, patches) if first else budget for budget in budgets])
+
+
+def batches(dataset: ClipDataset, recipe: Recipe, first_step: int) -> Iterator[Batch]:
+    """Endless batches, the same for the same seed and step, decoded ahead by a worker process."""
+    per_epoch = max(1, len(dataset) // recipe.batch)
+    epoch, done = divmod(first_step, per_epoch)
+    for epoch in itertools.count(epoch):
+        dataset.set_epoch(epoch)
+        order = np.random.default_rng((recipe.seed, epoch)).permutation(len(dataset))
+        yield from torch.utils.data.DataLoader(
+            torch.utils.data.Subset(dataset, order.tolist()[done * recipe.batch : per_epoch * recipe.batch]),
+            batch_size=recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=4,
+        )  # fmt: skip
+        done = 0
+
+
+def train(recipe: Recipe, folder: Path, save_every_s: float = 120.0) -> VppEo:
+    """Run a recipe to its end, going on from what ``folder`` holds; progress and losses go to ``log.jsonl`` there."""
+    data = YouTubeVis(Path(recipe.data))
+    model = _start(recipe, data.classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, model.train(), folder)
+    if trainer.restore():
+        typer.echo(f"going on from step {trainer.step}", err=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    dataset = ClipDataset(
+        data, size=recipe.size, frames=recipe.frames, max_gap=recipe.max_gap, seed=recipe.seed, scale=recipe.zoom
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    saved = started = time.monotonic()
+    with Progress(*columns) as progress, (folder / "log.jsonl").open("a", buffering=1) as log:
+        bar = progress.add_task(recipe.stage.value, total=recipe.steps, completed=trainer.step)
+        for batch in batches(dataset, recipe, trainer.step):
+            losses = trainer.update(batch)
+            shown = {name: round(value, 4) for name, value in losses.items()}
+            log.write(json.dumps({"step": trainer.step, "s": round(time.monotonic() - started, 1), **shown}) + "\n")
+            progress.update(bar, completed=trainer.step, description=f"{recipe.stage.value} {shown}")
+            if trainer.step >= recipe.steps:
+                break
+            if time.monotonic() - saved > save_every_s:
+                trainer.save()
+                saved = time.monotonic()
+    trainer.save()
+    return trainer.model
+
+
+def _start(recipe: Recipe, classes: tuple[str, ...]) -> VppEo:
+    torch.manual_seed(recipe.seed)
+    if recipe.init is None:
+        return VppEo(replace(config_by_name(recipe.model, classes), image_size=recipe.size))
+    model = load_checkpoint(Path(recipe.init))
+    if model.config.classes != classes:
+        raise CheckpointError(f"{recipe.init} knows the classes {model.config.classes}, the data has {classes}.")
+    return at_image_size(model, recipe.size)
+
+
+def main(
+    stage: Annotated[Stage, typer.Argument(help="dense: learn the task; sparse: go on with selection.")],
+    data: Annotated[Path, typer.Option(help="Folder in YouTube-VIS layout, e.g. of models.training.scenes.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on from it.")],
+    model: Annotated[str, typer.Option(help="Configuration by name; --init overrides it.")] = "vpp-eo-nano",
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 6000,
+    batch: Annotated[int, typer.Option(min=1, help="Clips per step.")] = 4,
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width of training crops, pixels.")] = (288, 512),
+    frames: Annotated[int, typer.Option(min=1, help="Frames per clip, in time order.")] = 3,
+    truncate: Annotated[int, typer.Option(min=1, help="Frames that gradients flow through.")] = 3,
+    max_gap: Annotated[int, typer.Option(min=1, help="Largest distance between two frames of a clip.")] = 2,
+    zoom: Annotated[tuple[float, float], typer.Option(help="Range of the crop's zoom; 1 is the frame.")] = (0.8, 1.5),
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 6e-4,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps of linear warm-up.")] = 200,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
+    clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    semantic_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
+) -> None:
+    """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
+    recipe = Recipe(
+        stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup, weight_decay,
+        clip_norm, semantic_weight, seed, bf16, None if init is None else str(init),
+    )  # fmt: skip
+    train(recipe, output)
+    typer.echo(f"{output / 'model.safetensors'} written by: {shlex.join(['python', '-m', 'models.training.train', *sys.argv[1:]])}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

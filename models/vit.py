@@ -1,0 +1,89 @@
+"""Plain vision transformer parts: patch embedding, position embedding, attention, MLP, block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of square patches, straight from uint8 pixels.
+
+    Normalisation ``(pixel / 255 - mean) / std`` is part of the weights (computed once, folded at export), so that
+    the graph's input is the camera's own bytes.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, patch_size: int, embed_dim: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3], RGB -> float [B, N, C], row-major over the patch grid."""
+        weight = self.proj.weight / (255.0 * self.std).view(1, 3, 1, 1)
+        bias = self.proj.bias - (self.proj.weight * (self.mean / self.std).view(1, 3, 1, 1)).sum((1, 2, 3))
+        pixels = image.permute(0, 3, 1, 2).to(weight.dtype)  # [B, H, W, 3] -> [B, 3, H, W]
+        x = F.conv2d(pixels, weight, bias, stride=self.proj.stride)
+        return x.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, N, C]
+
+
+def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+    """Resample a position embedding [1, N, C] bicubically to another patch grid (rows, columns)."""
+    if source_grid == target_grid:
+        return pos_embed
+    grid = pos_embed.unflatten(1, source_grid).permute(0, 3, 1, 2)  # [1, N, C] -> [1, C, h, w]
+    grid = F.interpolate(grid, size=target_grid, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens given."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, N, C]; keys where the bool ``key_mask`` [B, N] is False are not attended to."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, 3C] -> [3, B, heads, N, d]
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))  # [B, heads, N, d] -> [B, N, C]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the erf GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim if out is None else out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., out]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        x = x + self.attn(self.norm1(x), key_mask)
+        return x + self.mlp(self.norm2(x))

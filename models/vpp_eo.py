@@ -1,0 +1,312 @@
+"""VPP in an encoder-only host: a plain ViT whose last blocks also carry the object queries.
+
+Ideas: patch selection from the frame before, Video Patch Pruning (arXiv:2604.00827); queries as tokens of a plain
+ViT, EoMT (arXiv:2503.19108); queries handed on from frame to frame, VidEoMT.
+
+One step is a pure function of image, state and budget; what one frame leaves to the next is all in :class:`State`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import selection
+from models.configs import VppEoConfig
+from models.token_subset import TokenSubset
+from models.vit import Block, Mlp, PatchEmbed, resize_pos_embed
+from runtime.errors import ImageSizeError
+
+POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
+
+
+class Selection(str, Enum):
+    """How a selection stage decides."""
+
+    BUDGET = "budget"  # the K highest scores at every stage, K from ``token_budget``
+    THRESHOLD = "threshold"  # Map-SM by K; the selective modules keep where the keep logit wins (published)
+    NONE = "none"  # no selection operator at all: the dense network
+
+
+class State(NamedTuple):
+    """What frame t-1 leaves to frame t.
+
+    Attributes:
+        keys: Tokens before the first pruned block, [B, N, C].
+        keep_logits: Keep and drop logit of each token's deep features, [B, N, 2]; zero where not kept.
+        kept: Tokens that were still computed at the prior block, bool [B, N].
+        queries: Object queries that the next frame starts from, [B, Q, C].
+    """
+
+    keys: Tensor
+    keep_logits: Tensor
+    kept: Tensor
+    queries: Tensor
+
+
+class Outputs(NamedTuple):
+    """What one frame gives.
+
+    Attributes:
+        class_logits: [B, Q, classes + 1]; the last is "no object".
+        mask_logits: [B, Q, H / 4, W / 4]; a pixel belongs to the query where it is positive.
+        kept_stages: int64 [B, N], selection stages that each token passed, 0..S.
+        tokens_kept: int64 [B, S], tokens that each stage kept.
+        state_ok: bool [B], the next state is finite and keeps at least one token.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    kept_stages: Tensor
+    tokens_kept: Tensor
+    state_ok: Tensor
+
+
+class KeepPredictor(nn.Module):
+    """Two logits per token, keep and drop, from its features."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, K, C] -> [B, K, 2]."""
+        return self.mlp(self.norm(x))
+
+
+class MapSelector(nn.Module):
+    """Map-SM: each token takes the keep logits of the most similar token of the frame before.
+
+    The published module copies deep features along the association and then applies LayerNorm and MLP. Both act on
+    each row alone, so they commute with the copy: the logits are computed once, at frame t-1, and two numbers per
+    token are carried instead of C.
+    """
+
+    row_distance: Tensor
+    column_distance: Tensor
+    row_pool: Tensor
+    column_pool: Tensor
+
+    def __init__(self, dim: int, patch_grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.predictor = KeepPredictor(dim, dim // 2)
+        for name, size in zip(("row", "column"), patch_grid, strict=True):
+            self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
+            self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, POOL_RADIUS), persistent=False)
+
+    def association(self, tokens: Tensor, state: State) -> Tensor:
+        """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
+        bias = selection.distance_bias(self.row_distance, self.column_distance)
+        return selection.association_logits(tokens, state.keys, state.kept, bias)
+
+    def smooth(self, scores: Tensor) -> Tensor:
+        """Mean of the scores [B, N] over 9 x 9 patches."""
+        return selection.smooth_scores(scores, self.row_pool, self.column_pool)
+
+    def forward(self, tokens: Tensor, state: State) -> Tensor:
+        """Ranking score [B, N], fp32, of tokens [B, N, C]."""
+        matches = self.association(tokens, state).argmax(dim=2)
+        return self.smooth(selection.gather_tokens(selection.keep_score(state.keep_logits), matches))
+
+
+class MaskHead(nn.Module):
+    """Class logits and stride-4 mask logits of queries over a dense token map.
+
+    Tokens are brought to stride 8 once; each query then gives four kernels, one for each pixel of a 2 x 2 cell at
+    stride 4. That equals another linear upsampling followed by a product with one kernel, at half of the work,
+    because the two linear maps commute.
+    """
+
+    def __init__(self, config: VppEoConfig, patch_grid: tuple[int, int]) -> None:
+        super().__init__()
+        dim, mask_dim = config.embed_dim, config.mask_dim
+        self.patch_grid = patch_grid
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.upsample = nn.Linear(dim, 4 * mask_dim)
+        self.refine = nn.Conv2d(mask_dim, mask_dim, kernel_size=3, padding=1, groups=mask_dim)
+        self.kernels = Mlp(dim, dim, 4 * mask_dim)
+        self.classify = nn.Linear(dim, len(config.classes) + 1)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Dense tokens [B, N, C] -> mask features [B, M, H / 8, W / 8]."""
+        rows, columns = self.patch_grid
+        x = self.upsample(self.norm(tokens)).unflatten(-1, (-1, 2, 2)).unflatten(1, (rows, columns))
+        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, h, w, M, 2, 2] -> [B, M, 2h, 2w]
+        return x + self.refine(nn.functional.gelu(x))
+
+    def forward(self, tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense tokens [B, N, C] and queries [B, Q, C] -> class logits, mask logits."""
+        queries = self.norm(queries)
+        features = self.features(tokens)
+        height, width = features.shape[2:]
+        kernels = self.kernels(queries).unflatten(-1, (4, -1)).flatten(1, 2)  # [B, Q * 4, M]
+        logits = (kernels @ features.flatten(2)).unflatten(1, (-1, 2, 2)).unflatten(-1, (height, width))
+        logits = logits.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # [B, Q, 2, 2, h, w] -> [B, Q, 2h, 2w]
+        return self.classify(queries), logits
+
+
+class VppEo(nn.Module):
+    """Encoder-only VPP network for one image size.
+
+    Args:
+        config: Sizes; ``config.image_size`` fixes the patch grid, see :func:`at_image_size`.
+
+    Raises:
+        ImageSizeError: The patch size does not divide the image size.
+    """
+
+    def __init__(self, config: VppEoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_grid = patch_grid(config)
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config.patch_size, dim, config.mean, config.std)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_count, dim))
+        self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.map_selector = MapSelector(dim, self.patch_grid)
+        self.selectors = nn.ModuleList(KeepPredictor(dim, dim // 4) for _ in config.selection_blocks)
+        self.queries = nn.Parameter(torch.zeros(config.queries, dim))
+        self.query_update = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim))
+        self.mask_head = MaskHead(config, self.patch_grid)
+        self._init_weights()
+
+    @property
+    def patch_count(self) -> int:
+        """Patch tokens N of one image."""
+        return self.patch_grid[0] * self.patch_grid[1]
+
+    def _init_weights(self) -> None:
+        for parameter in (self.pos_embed, self.queries):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.queries, std=0.5)
+
+    def initial_state(self, batch: int) -> State:
+        """The state of a stream that has seen nothing: no prior, the learned queries."""
+        count, dim = self.patch_count, self.config.embed_dim
+        like = self.queries.detach()
+        return State(
+            keys=like.new_zeros(batch, count, dim),
+            keep_logits=like.new_zeros(batch, count, 2),
+            kept=torch.zeros(batch, count, dtype=torch.bool, device=like.device),
+            queries=like.expand(batch, -1, -1).clone(),
+        )
+
+    def embed(self, image: Tensor) -> Tensor:
+        """uint8 image [B, H, W, 3] -> tokens [B, N, C]."""
+        return self.patch_embed(image) + self.pos_embed
+
+    def next_queries(self, queries: Tensor) -> Tensor:
+        """Queries that the next frame starts from: the learned ones, moved by what this frame made of them."""
+        return self.queries + self.query_update(queries)
+
+    def forward(
+        self, image: Tensor, state: State, token_budget: Tensor | None = None, mode: Selection = Selection.BUDGET
+    ) -> tuple[Outputs, State]:
+        """Run one frame.
+
+        Args:
+            image: uint8 [B, H, W, 3], RGB.
+            state: What the frame before left, or :meth:`initial_state`.
+            token_budget: int64 [stages], tokens kept at each stage, nested. ``THRESHOLD`` reads the first alone,
+                ``NONE`` takes None. Without a prior the first has to be N.
+            mode: How the stages decide.
+        """
+        config = self.config
+        subset = TokenSubset.full(self.embed(image))
+        keys, keep_logits, prior_kept, queries = state
+        patches = self.patch_count
+
+        for number, block in enumerate(self.blocks):
+            if number in config.stage_blocks and mode is not Selection.NONE:
+                stage = config.stage_blocks.index(number)
+                keys = subset.tokens if stage == 0 else keys
+                subset = subset.keep(self._choose(stage, subset.tokens, state, token_budget, mode), stage)
+                patches = subset.tokens.shape[1]
+            tokens = torch.cat([subset.tokens, queries], dim=1) if number >= config.query_block else subset.tokens
+            tokens = block(tokens)
+            subset = subset.updated(tokens[:, :patches])
+            queries = tokens[:, patches:] if number >= config.query_block else queries
+            if number == config.prior_block and mode is not Selection.NONE:
+                keep_logits, prior_kept = self._prior(subset)
+
+        class_logits, mask_logits = self.mask_head(subset.merged(), queries)
+        next_state = State(keys, keep_logits, prior_kept, self.next_queries(queries))
+        kept_stages = subset.kept_stages if mode is not Selection.NONE else subset.kept_stages + config.stages
+        tokens_kept = (kept_stages.unsqueeze(2) > torch.arange(config.stages, device=image.device)).sum(1)
+        return Outputs(class_logits, mask_logits, kept_stages, tokens_kept, _state_ok(next_state, mode)), next_state
+
+    def _choose(
+        self, stage: int, tokens: Tensor, state: State, token_budget: Tensor | None, mode: Selection
+    ) -> Tensor:
+        """Positions int64 [B, K] within ``tokens`` that stay."""
+        if stage == 0:
+            scores = self.map_selector(tokens, state)
+        else:
+            scores = selection.keep_score(self.selectors[stage - 1](tokens))
+            if mode is Selection.THRESHOLD:
+                return selection.kept_tokens(scores)
+        return selection.top_tokens(scores, _count(token_budget[stage], tokens.shape[1]))
+
+    def _prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
+        """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""
+        logits = self.map_selector.predictor(subset.tokens)
+        if subset.indices is None:
+            return logits, torch.ones_like(logits[..., 0], dtype=torch.bool)
+        dense = logits.new_zeros(*subset.kept_stages.shape, 2)
+        return selection.scatter_tokens(dense, subset.indices, logits), subset.kept_stages > self.config.prior_stage
+
+
+def _count(entry: Tensor, available: int) -> int:
+    """A budget entry as a size that stays dynamic in the exported graph."""
+    count = entry.item()
+    torch._check(count >= 1)
+    torch._check(count <= available)
+    return count
+
+
+def _state_ok(state: State, mode: Selection) -> Tensor:
+    """Finite and not empty, bool [B]. A sum is NaN or infinite if one of its terms is."""
+    total = state.queries.float().sum((1, 2))
+    if mode is Selection.NONE:
+        return total.abs() < float("inf")
+    total = total + state.keys.float().sum((1, 2)) + state.keep_logits.float().sum((1, 2))
+    return (total.abs() < float("inf")) & state.kept.any(1)
+
+
+def patch_grid(config: VppEoConfig) -> tuple[int, int]:
+    """(rows, columns) of patches in one image.
+
+    Raises:
+        ImageSizeError: The patch size does not divide the image size.
+    """
+    height, width = config.image_size
+    size = config.patch_size
+    if height <= 0 or width <= 0 or height % size or width % size:
+        nearest = [max(size, round(side / size) * size) for side in (height, width)]
+        raise ImageSizeError(
+            f"image size {height} x {width} (height x width) is not divisible by the patch size {size} of "
+            f"{config.name}. The nearest that is: {nearest[0]} {nearest[1]}."
+        )
+    return height // size, width // size
+
+
+def at_image_size(model: VppEo, image_size: tuple[int, int]) -> VppEo:
+    """A copy of the network for another image size (height, width); its position embedding is resampled.
+
+    Raises:
+        ImageSizeError: The patch size does not divide the image size.
+    """
+    resized = VppEo(replace(model.config, image_size=image_size))
+    weights = dict(model.state_dict())
+    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.patch_grid, resized.patch_grid)
+    resized.load_state_dict(weights)
+    return resized.train(model.training)

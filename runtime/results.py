@@ -1,0 +1,54 @@
+"""What a stream gives back for one frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects seen in one frame, in pixels of the source frame; O objects, sorted by track id.
+
+    Attributes:
+        track_ids: int64 [O]; an id is never used again within one stream.
+        labels: int64 [O], index into the manifest's ``classes``.
+        scores: float32 [O] in [0, 1].
+        boxes: float32 [O, 4] as (x1, y1, x2, y2), half-open: x2 and y2 are one past the last pixel of the mask.
+        masks: bool [O, H, W] at the size of the source frame.
+    """
+
+    track_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.track_ids)
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """One frame's answer.
+
+    Attributes:
+        frame_index: Count of frames delivered by the source, from 0.
+        timestamp_s: Capture time on the source's own clock.
+        instances: The objects in this frame.
+        kept_stages: int64 [rows, columns] of the patch grid: selection stages that each patch passed,
+            0 (pruned first) to S (never pruned). The grid covers the letterboxed image, not the source frame.
+        tokens_kept: int64 [S], tokens that each selection stage kept.
+        reset_reason: Why this frame ran without a prior (``"first frame"``, ``"scene cut"``, ...), else None.
+        step_ms: Time in the backend, milliseconds.
+    """
+
+    frame_index: int
+    timestamp_s: float
+    instances: Instances
+    kept_stages: NDArray[np.int64]
+    tokens_kept: NDArray[np.int64]
+    reset_reason: str | None
+    step_ms: float
