@@ -104,9 +104,13 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_weight, content.items())):
         raise CheckpointError(f"{path} holds no state dict: expected a dict of tensors, alone or under 'state_dict'.")
     return content, metadata
+
+
+def _is_weight(entry: tuple[object, object]) -> bool:
+    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
 def _config(

@@ -83,9 +83,11 @@ def association_logits(tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor)
         kept: Which of them were computed up to the prior, bool [B, N].
         bias: :func:`distance_bias`, [N, N].
     """
-    similarity = tokens.float() @ keys.float().transpose(1, 2)
-    pruned = torch.where(kept, 0.0, float("-inf"))  # [B, N]
-    return similarity + bias + pruned.unsqueeze(1)
+    pruned = torch.where(kept, 0.0, float("-inf")).unsqueeze(2)  # [B, N, 1]
+    # The mask rides along as one more channel, against ones: one pass less over N x N.
+    queries = torch.cat([tokens.float(), torch.ones_like(pruned)], dim=2)
+    similarity = queries @ torch.cat([keys.float(), pruned], dim=2).transpose(1, 2)
+    return similarity + bias
 
 
 def mean_pool_matrix(size: int, radius: int) -> Tensor:

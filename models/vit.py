@@ -43,11 +43,23 @@ def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_gri
     return grid.flatten(2).transpose(1, 2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, [B, heads, N, d] each; keys where ``mask`` is False are left out.
+
+    Exported it is written out, because torch's operator demands at least one token and a stage may keep none.
+    """
+    if torch.compiler.is_exporting() and mask is None:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens given."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads cannot share a width of {dim} equally")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -56,7 +68,7 @@ class Attention(nn.Module):
         """[B, N, C] -> [B, N, C]; keys where the bool ``key_mask`` [B, N] is False are not attended to."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, 3C] -> [3, B, heads, N, d]
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
+        out = attend(qkv[0], qkv[1], qkv[2], mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, heads, N, d] -> [B, N, C]
 
 

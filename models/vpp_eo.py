@@ -145,8 +145,8 @@ class MaskHead(nn.Module):
         features = self.features(tokens)
         height, width = features.shape[2:]
         kernels = self.kernels(queries).unflatten(-1, (4, -1)).flatten(1, 2)  # [B, Q * 4, M]
-        logits = (kernels @ features.flatten(2)).unflatten(1, (-1, 2, 2)).unflatten(-1, (height, width))
-        logits = logits.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # [B, Q, 2, 2, h, w] -> [B, Q, 2h, 2w]
+        logits = (kernels @ features.flatten(2)).unflatten(1, (-1, 4)).unflatten(-1, (height, width))
+        logits = nn.functional.pixel_shuffle(logits.flatten(0, 1), 2).flatten(0, 1).unflatten(0, (-1, queries.shape[1]))
         return self.classify(queries), logits
 
 
@@ -229,7 +229,7 @@ class VppEo(nn.Module):
             if number in config.stage_blocks and mode is not Selection.NONE:
                 stage = config.stage_blocks.index(number)
                 keys = subset.tokens if stage == 0 else keys
-                subset = subset.keep(self._choose(stage, subset.tokens, state, token_budget, mode), stage)
+                subset = subset.keep(self._choose(stage, subset, state, token_budget, mode), stage)
                 patches = subset.tokens.shape[1]
             tokens = torch.cat([subset.tokens, queries], dim=1) if number >= config.query_block else subset.tokens
             tokens = block(tokens)
@@ -244,17 +244,20 @@ class VppEo(nn.Module):
         tokens_kept = (kept_stages.unsqueeze(2) > torch.arange(config.stages, device=image.device)).sum(1)
         return Outputs(class_logits, mask_logits, kept_stages, tokens_kept, _state_ok(next_state, mode)), next_state
 
-    def _choose(
-        self, stage: int, tokens: Tensor, state: State, token_budget: Tensor | None, mode: Selection
-    ) -> Tensor:
-        """Positions int64 [B, K] within ``tokens`` that stay."""
+    def stage_scores(self, stage: int, tokens: Tensor, state: State) -> Tensor:
+        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
         if stage == 0:
-            scores = self.map_selector(tokens, state)
-        else:
-            scores = selection.keep_score(self.selectors[stage - 1](tokens))
-            if mode is Selection.THRESHOLD:
-                return selection.kept_tokens(scores)
-        return selection.top_tokens(scores, _count(token_budget[stage], tokens.shape[1]))
+            return self.map_selector(tokens, state)
+        return selection.keep_score(self.selectors[stage - 1](tokens))
+
+    def _choose(
+        self, stage: int, subset: TokenSubset, state: State, token_budget: Tensor | None, mode: Selection
+    ) -> Tensor:
+        """Positions int64 [B, K] within the subset's tokens that stay."""
+        scores = self.stage_scores(stage, subset.tokens, state)
+        if mode is Selection.THRESHOLD and stage > 0:
+            return selection.kept_tokens(scores)
+        return selection.top_tokens(scores, _count(token_budget[stage], subset.tokens.shape[1]))
 
     def _prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
         """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""

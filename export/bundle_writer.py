@@ -1,0 +1,208 @@
+"""Checkpoint -> bundle: export, parity check and hashes in a temporary folder, which then takes the bundle's place."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+
+from export.check import Parity, check_parity
+from export.onnx_graph import DEFAULT_OPSET, STATE_NAMES, export_graph
+from export.reference import FRAMES, synthetic_frames, write_reference
+from models.checkpoints import load_checkpoint, weight_hash
+from models.vpp_eo import Selection, VppEo, at_image_size
+from runtime.backend import load_engine
+from runtime.budget import token_budget, validate_budget
+from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
+from runtime.errors import SinkError
+from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin, TrackerSettings
+
+PRESET_RATIOS = (0.40, 0.55, 0.70, 1.0)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        image_size: (height, width); None takes the size that the checkpoint was trained at.
+        keep_ratio: The preset that is used where nothing else is asked for.
+        budget: Token counts of the default preset instead of ``keep_ratio``.
+        baseline: Also write the dense network, for ``profile`` to measure against.
+    """
+
+    checkpoint: Path
+    output: Path
+    model: str | None = None
+    image_size: tuple[int, int] | None = None
+    keep_ratio: float = 0.55
+    budget: tuple[int, ...] | None = None
+    selection: Selection = Selection.BUDGET
+    opset: int = DEFAULT_OPSET
+    baseline: bool = True
+    tolerance: float = 1e-4
+
+
+def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda text: None) -> dict[str, Parity]:
+    """Export a checkpoint; the bundle appears whole, checked against torch, or not at all.
+
+    Args:
+        report: Called with a line before each step.
+
+    Returns:
+        The parity of each budget that was checked.
+
+    Raises:
+        CheckpointError, ImageSizeError, TokenBudgetError: The request cannot be met.
+        ExportMismatchError: The graph does not agree with torch.
+        SinkError: The bundle cannot be written.
+    """
+    report("read checkpoint")
+    model = load_checkpoint(request.checkpoint, request.model)
+    model = at_image_size(model, request.image_size or model.config.image_size)
+    presets, default = _presets(model, request)
+    try:
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(mkdtemp(prefix=f".{request.output.name}.partial-", dir=request.output.parent))
+    except OSError as error:
+        raise SinkError(f"{request.output} cannot be written: {error.strerror}. Choose another folder.") from error
+    try:
+        parity = _fill(model, request, folder, presets, default, report)
+        replace_folder(folder, request.output)
+    except OSError as error:
+        raise SinkError(f"{request.output} cannot be written: {error}. Nothing was changed.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return parity
+
+
+def _presets(model: VppEo, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
+    count, stages = model.patch_count, model.config.stages
+    if request.selection is Selection.NONE:
+        return {"1.00": (count,) * stages}, "1.00"
+    presets = {f"{ratio:.2f}": token_budget(count, ratio) for ratio in PRESET_RATIOS}
+    if request.budget is not None:
+        return {**presets, "custom": validate_budget(request.budget, count, stages)}, "custom"
+    default = f"{request.keep_ratio:.2f}"
+    return {**presets, default: token_budget(count, request.keep_ratio)}, default
+
+
+def _fill(
+    model: VppEo,
+    request: ExportRequest,
+    folder: Path,
+    presets: dict[str, tuple[int, ...]],
+    default: str,
+    report: Callable[[str], None],
+) -> dict[str, Parity]:
+    """Write all files of the bundle and check its graphs."""
+    report("export graph")
+    graph = export_graph(model, folder / "model.onnx", request.selection, request.opset)
+    baseline = None
+    if request.baseline and request.selection is not Selection.NONE:
+        report("export dense baseline")
+        baseline = export_graph(model, folder / "dense.onnx", Selection.NONE, request.opset)
+    np.savez(folder / INITIAL_STATE_FILE, **{STATE_NAMES["queries"]: model.queries.detach().numpy()})
+    report("write reference vectors")
+    write_reference(model, folder / REFERENCE_FILE, presets[default], request.selection)
+    manifest = _manifest(model, request, folder, presets, default, graph, baseline)
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return _check(model, request, folder, presets[default], report)
+
+
+def _check(
+    model: VppEo, request: ExportRequest, folder: Path, usual: tuple[int, ...], report: Callable[[str], None]
+) -> dict[str, Parity]:
+    """Parity with torch at the smallest, the usual and the largest budget."""
+    bundle = load_bundle(folder)
+    engine = load_engine(bundle)
+    budgets = {"smallest": (1,) * len(usual), "usual": usual, "largest": (model.patch_count,) * len(usual)}
+    if request.selection is Selection.NONE:
+        budgets = {"dense": usual}
+    parity = {}
+    for name, budget in budgets.items():
+        report(f"compare with torch, {name} budget, {FRAMES} frames")
+        frames = synthetic_frames(model.config.image_size, seed=1)
+        parity[name] = check_parity(model, engine, frames, budget, request.tolerance)
+    if bundle.manifest.baseline is not None:
+        report(f"compare the dense baseline with torch, {FRAMES} frames")
+        frames = synthetic_frames(model.config.image_size, seed=1)
+        dense = load_engine(bundle, bundle.manifest.baseline)
+        parity["dense baseline"] = check_parity(model, dense, frames, budgets["largest"], request.tolerance)
+    return parity
+
+
+def _manifest(
+    model: VppEo,
+    request: ExportRequest,
+    folder: Path,
+    presets: dict[str, tuple[int, ...]],
+    default: str,
+    graph: GraphSpec,
+    baseline: GraphSpec | None,
+) -> Manifest:
+    config = model.config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        task="video-instance-segmentation",
+        classes=config.classes,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        patch_grid=model.patch_grid,
+        pad_value=tuple(round(255 * value) for value in config.mean),
+        normalisation={"mean": config.mean, "std": config.std},
+        stages=config.stages,
+        presets=presets,
+        default_preset=default,
+        graph=graph,
+        baseline=baseline,
+        tracker=TrackerSettings(),
+        precision="fp32",
+        opset=request.opset,
+        origin=Origin(
+            model=config.name,
+            checkpoint=request.checkpoint.name,
+            weights_sha256=weight_hash(model),
+            exported_with={name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+        ),
+        files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put ``source`` in the place of ``target``, which may exist; at every moment one of the two is there.
+
+    Linux exchanges two folders in one step (renameat2 with RENAME_EXCHANGE). Where that is not to be had, the old
+    folder is moved aside first.
+
+    Raises:
+        SinkError: ``target`` holds something that is no bundle.
+        OSError: The file system refused.
+    """
+    source.chmod(0o755)  # mkdtemp made it private
+    if not target.exists():
+        source.rename(target)
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_FILE).is_file()):
+        raise SinkError(f"{target} exists and is no bundle; it was left alone. Choose another folder.")
+    if not _exchange(source, target):
+        aside = target.with_name(f".{target.name}.old")
+        target.rename(aside)
+        source.rename(target)
+        aside.rename(source)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # another C library, another system
+        return False
+    at_cwd, exchange = -100, 2
+    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0

@@ -1,0 +1,140 @@
+"""torch -> ONNX: one graph with the state and the token budget as inputs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.vpp_eo import Outputs, Selection, State, VppEo
+from runtime.manifest import DType, GraphSpec, StatePair, TensorSpec
+
+DEFAULT_OPSET = 20  # the first with Gelu as one operator; ONNX Runtime does not fuse the decomposed one from torch
+STATE_NAMES = {name: f"prior.{name}" for name in State._fields}
+_DTYPES: dict[torch.dtype, DType] = {
+    torch.uint8: "uint8", torch.int64: "int64", torch.bool: "bool", torch.float32: "float32"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepInterface:
+    """Which tensors a graph takes and gives, in order, for one way of selecting.
+
+    Attributes:
+        state: Fields of :class:`State` that the graph carries; the dense network carries its queries alone.
+    """
+
+    selection: Selection
+    state: tuple[str, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph's inputs."""
+        budget = [] if self.selection is Selection.NONE else ["token_budget"]
+        return ["image", *(STATE_NAMES[name] for name in self.state), *budget]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return [*Outputs._fields, *(f"next_{STATE_NAMES[name]}" for name in self.state)]
+
+
+def step_interface(selection: Selection) -> StepInterface:
+    """The interface of a graph that selects in this way."""
+    return StepInterface(selection, ("queries",) if selection is Selection.NONE else State._fields)
+
+
+class GraphStep(nn.Module):
+    """The step with flat inputs and outputs, as a graph has them."""
+
+    def __init__(self, model: VppEo, interface: StepInterface) -> None:
+        super().__init__()
+        self.model, self.interface = model, interface
+
+    def forward(self, image: Tensor, state: tuple[Tensor, ...], token_budget: Tensor | None) -> tuple[Tensor, ...]:
+        """Run one step; ``state`` holds the fields of the interface, in its order."""
+        full = self.model.initial_state(1)._replace(**dict(zip(self.interface.state, state, strict=True)))
+        outputs, next_state = self.model(image, full, token_budget, self.interface.selection)
+        return (*outputs, *(getattr(next_state, name) for name in self.interface.state))
+
+
+def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DEFAULT_OPSET) -> GraphSpec:
+    """Write the step as one ONNX file with a dynamic batch and, in ``BUDGET`` mode, dynamic token counts.
+
+    Args:
+        model: For one image size, in evaluation mode.
+        path: File to write.
+        opset: ONNX operator set, 18 or later.
+
+    Returns:
+        The graph's tensors and state pairs.
+    """
+    interface = step_interface(selection)
+    # a batch of one is taken for a constant; nonzero in THRESHOLD mode only knows a batch of one
+    batch = 1 if selection is Selection.THRESHOLD else 2
+    image, state, budget = example_inputs(model, interface, batch)
+    batch_axis = None if selection is Selection.THRESHOLD else {0: torch.export.Dim("batch", min=1, max=64)}
+    shapes = (batch_axis, tuple(batch_axis for _ in state), None)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            GraphStep(model, interface).eval(),
+            (image, state, budget),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            input_names=interface.input_names,
+            output_names=interface.output_names,
+            verbose=False,
+        )
+    program.save(path, external_data=False)
+    return graph_spec(model, path.name, interface)
+
+
+def example_inputs(model: VppEo, interface: StepInterface, batch: int) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """Inputs of one step, of the right shapes: a grey image, the initial state, half of the tokens."""
+    height, width = model.config.image_size
+    image = torch.full((batch, height, width, 3), 128, dtype=torch.uint8)
+    initial = model.initial_state(batch)
+    state = tuple(getattr(initial, name) for name in interface.state)
+    budget = torch.full((budget_entries(model, interface.selection),), max(1, model.patch_count // 2))
+    return image, state, None if interface.selection is Selection.NONE else budget
+
+
+def budget_entries(model: VppEo, selection: Selection) -> int:
+    """Length of the graph's ``token_budget``: in THRESHOLD mode only Map-SM counts its tokens."""
+    return 1 if selection is Selection.THRESHOLD else model.config.stages
+
+
+def graph_spec(model: VppEo, file: str, interface: StepInterface) -> GraphSpec:
+    """Names, dtypes and shapes of a graph, read off one run of the model."""
+    image, state, budget = example_inputs(model, interface, 1)
+    step = GraphStep(model, interface)
+    with torch.no_grad():
+        results = step(image, state, budget)
+    inputs = [image, *state, *([] if budget is None else [budget])]
+    return GraphSpec(
+        file=file,
+        selection=interface.selection.value,
+        inputs=tuple(_spec(*pair) for pair in zip(interface.input_names, inputs, strict=True)),
+        outputs=tuple(_spec(*pair) for pair in zip(interface.output_names, results, strict=True)),
+        state=tuple(
+            StatePair(
+                input=STATE_NAMES[name],
+                output=f"next_{STATE_NAMES[name]}",
+                initial="file" if name == "queries" else "zeros",
+            )
+            for name in interface.state
+        ),
+    )
+
+
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    shape = tuple(value.shape) if name == "token_budget" else ("batch", *value.shape[1:])
+    return TensorSpec(name=name, dtype=_DTYPES[value.dtype], shape=shape)

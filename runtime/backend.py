@@ -1,0 +1,122 @@
+"""What a backend has to be able to do, and which there are.
+
+An :class:`Engine` is one graph loaded on one device; any number of :class:`StreamBuffers`, each with the state of one
+stream or of one batch of streams, step through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.errors import BackendUnavailableError
+from runtime.manifest import GraphSpec
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What a graph really runs on.
+
+    Attributes:
+        backend: Name that ``--backend`` takes.
+        version: Version of the library.
+        provider: Execution provider or device that all nodes run on.
+        threads: CPU threads of one step; 0 leaves it to the library.
+    """
+
+    backend: str
+    version: str
+    provider: str
+    threads: int
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads else ""
+        return f"{self.backend} {self.version} on {self.provider}{threads}"
+
+
+class StreamBuffers(Protocol):
+    """All memory of one stream, or of a batch of streams; allocated once.
+
+    Attributes:
+        image: uint8 [B, H, W, 3]; write the frame here before :meth:`run`.
+    """
+
+    image: NDArray[np.uint8]
+
+    def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
+        """Run one step on ``image`` and the current state.
+
+        Returns:
+            The outputs that are not state, by name: views that the next call overwrites.
+
+        Raises:
+            StepError: The library refused or failed; the state is what it was.
+        """
+
+    def commit(self) -> None:
+        """Make the state that :meth:`run` left the current one."""
+
+    def reset(self) -> None:
+        """Go back to the initial state."""
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """A copy of the current state, by input name."""
+
+    def set_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Overwrite the current state."""
+
+
+class Engine(Protocol):
+    """A graph loaded on a device."""
+
+    report: EngineReport
+    graph: GraphSpec
+
+    def open_stream(self, batch: int = 1) -> StreamBuffers:
+        """Allocate the buffers of one stream, in its initial state."""
+
+    def close(self) -> None:
+        """Give everything back; may be called twice."""
+
+
+EngineFactory = Callable[[Bundle, GraphSpec, int], Engine]
+
+
+def _onnxruntime(provider: str) -> EngineFactory:
+    def load(bundle: Bundle, graph: GraphSpec, threads: int) -> Engine:
+        from runtime.onnxruntime_backend import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(bundle, graph, provider=provider, threads=threads)
+
+    return load
+
+
+BACKENDS: dict[str, EngineFactory] = {
+    "onnxruntime": _onnxruntime("CPUExecutionProvider"),
+    "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
+}
+DEFAULT_BACKEND = "onnxruntime"
+
+
+def load_engine(
+    bundle: Bundle, graph: GraphSpec | None = None, *, backend: str = DEFAULT_BACKEND, threads: int = 0
+) -> Engine:
+    """Load a graph of a bundle; never on another backend or device than the one named.
+
+    Args:
+        graph: The bundle's main graph if None.
+        backend: One of :data:`BACKENDS`.
+        threads: CPU threads of one step; 0 leaves it to the library.
+
+    Raises:
+        BackendUnavailableError: The backend is unknown, not installed, or its device is not there.
+        BackendError: The graph cannot be loaded.
+    """
+    if backend not in BACKENDS:
+        raise BackendUnavailableError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}.")
+    return BACKENDS[backend](bundle, graph or bundle.manifest.graph, threads)

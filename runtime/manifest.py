@@ -1,0 +1,193 @@
+"""The manifest: everything that exporter, backends and stream have to agree on, in one place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.budget import validate_budget
+from runtime.errors import BundleIntegrityError, BundleSchemaError, TokenBudgetError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+Count = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DType = Literal["uint8", "int64", "bool", "float32", "float16", "bfloat16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Strict):
+    """An input or output of the graph; the first axis of most is the batch, written ``"batch"``."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Count | Literal["batch"], ...]
+
+    def shape_for(self, batch: int) -> tuple[int, ...]:
+        """The shape with the batch axis filled in."""
+        return tuple(batch if axis == "batch" else axis for axis in self.shape)
+
+
+class StatePair(_Strict):
+    """A state tensor: the graph's output ``output`` of frame t-1 is its input ``input`` of frame t.
+
+    ``initial`` says what a stream without a past feeds: zeros (False for bool), or the tensor of that name in
+    ``initial_state.npz``, one row that every stream starts from.
+    """
+
+    input: str
+    output: str
+    update: Literal["graph", "host"] = "graph"
+    initial: Literal["zeros", "file"] = "zeros"
+
+
+class GraphSpec(_Strict):
+    """One ONNX file with its tensors.
+
+    Attributes:
+        file: Name inside the bundle.
+        selection: ``budget``: K from ``token_budget`` at every stage; ``threshold``: token counts from the data after
+            the first stage; ``none``: no token is ever dropped.
+    """
+
+    file: str
+    selection: Literal["budget", "threshold", "none"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[StatePair, ...]
+
+    @model_validator(mode="after")
+    def _pairs_exist_and_fit(self) -> GraphSpec:
+        inputs = {spec.name: spec for spec in self.inputs}
+        outputs = {spec.name: spec for spec in self.outputs}
+        for pair in self.state:
+            if pair.input not in inputs or pair.output not in outputs:
+                raise ValueError(f"state pair {pair.input} -> {pair.output} names a tensor that the graph lacks")
+            one, other = inputs[pair.input], outputs[pair.output]
+            if (one.dtype, one.shape) != (other.dtype, other.shape):
+                raise ValueError(f"state pair {pair.input} -> {pair.output} differs in dtype or shape")
+        return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether ``token_budget`` is an input."""
+        return any(spec.name == "token_budget" for spec in self.inputs)
+
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name."""
+        return next(spec for spec in self.inputs if spec.name == name)
+
+
+class TrackerSettings(_Strict):
+    """How query outputs become tracks.
+
+    Attributes:
+        start_score: A query becomes a new track at this score or above, in [0, 1].
+        keep_score: A track goes on while its query scores at least this.
+        patience: Frames that a track may stay below ``keep_score`` before it ends.
+        duplicate_iou: Of two masks that overlap more than this, the lower score is dropped.
+    """
+
+    start_score: Annotated[float, Field(ge=0, le=1)] = 0.5
+    keep_score: Annotated[float, Field(ge=0, le=1)] = 0.35
+    patience: Annotated[int, Field(ge=0)] = 5
+    duplicate_iou: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
+class Origin(_Strict):
+    """Where the bundle comes from."""
+
+    model: str
+    checkpoint: str
+    weights_sha256: Sha256
+    exported_with: dict[str, str]
+
+
+class Manifest(_Strict):
+    """The contract of a bundle; see the attributes of its parts.
+
+    Attributes:
+        image_size: (height, width) that frames are letterboxed to, pixels.
+        patch_grid: (rows, columns) of patches, row-major.
+        pad_value: RGB of the letterbox's border, 0..255; the mean of the training images.
+        normalisation: ``mean`` and ``std`` that the graph applies to ``pixel / 255``; the input is raw uint8.
+        presets: Token budgets by name; the name is the keep ratio that gave them.
+        default_preset: The preset that is used where nothing else is asked for.
+        stages: Selection stages; every budget has that many counts.
+        baseline: The same weights without any selection operator, to measure against.
+        files: SHA-256 of every other file of the bundle.
+    """
+
+    schema_version: int
+    task: Literal["video-instance-segmentation"]
+    classes: tuple[str, ...] = Field(min_length=1)
+    image_size: tuple[Count, Count]
+    patch_size: Count
+    patch_grid: tuple[Count, Count]
+    pad_value: tuple[int, int, int]
+    normalisation: dict[Literal["mean", "std"], tuple[float, float, float]]
+    stages: Count
+    presets: dict[str, tuple[int, ...]]
+    default_preset: str
+    graph: GraphSpec
+    baseline: GraphSpec | None
+    tracker: TrackerSettings
+    precision: Literal["fp32", "fp16", "bf16"]
+    opset: Count
+    origin: Origin
+    files: dict[str, Sha256]
+
+    @property
+    def patch_count(self) -> int:
+        """Patch tokens N of one image."""
+        return self.patch_grid[0] * self.patch_grid[1]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        rows, columns = self.patch_grid
+        if (rows * self.patch_size, columns * self.patch_size) != self.image_size:
+            raise ValueError(f"patch grid {self.patch_grid} x {self.patch_size} is not the image size {self.image_size}")
+        if self.default_preset not in self.presets:
+            raise ValueError(f"default preset {self.default_preset} is none of {', '.join(self.presets)}")
+        for name, budget in self.presets.items():
+            try:
+                validate_budget(budget, self.patch_count, self.stages)
+            except TokenBudgetError as error:
+                raise ValueError(f"preset {name}: {error}") from error
+        for spec in (self.graph, self.baseline):
+            if spec is not None and spec.file not in self.files:
+                raise ValueError(f"{spec.file} has no hash under files")
+        return self
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        BundleIntegrityError: It is not JSON, or contradicts itself.
+        BundleSchemaError: It has a schema version that this program does not read.
+    """
+    try:
+        content: Any = json.loads(text)
+    except ValueError as error:
+        raise BundleIntegrityError(f"{path} is not JSON: {error}. Export the bundle again.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleSchemaError(
+            f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}. "
+            "Update the program, or export the bundle with this version."
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        lines = "\n".join(
+            f"  {'.'.join(str(part) for part in item['loc']) or 'manifest'}: {item['msg']}" for item in error.errors()
+        )
+        raise BundleIntegrityError(f"{path} is not a valid manifest:\n{lines}\nExport the bundle again.") from error
