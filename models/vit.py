@@ -34,6 +34,37 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, N, C]
 
 
+def cosine_patches(patch_size: int, count: int) -> Tensor:
+    """The ``count`` smoothest patterns of an RGB patch, orthonormal, [count, 3, patch_size, patch_size].
+
+    Products of cosines (the DCT-II basis) in brightness and two colour differences, brightness four times as fine.
+    A network that starts from these sees edges and colours from the first step; random ones have to be unlearned.
+    """
+    position = (torch.arange(patch_size) + 0.5) * torch.pi / patch_size
+    waves = torch.cos(torch.arange(patch_size)[:, None] * position)  # [frequency, place]
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    fineness = (1, 2, 2)
+    order = sorted(
+        (fineness[c] * (u * u + v * v) ** 0.5, c, u, v)
+        for c in range(3) for u in range(patch_size) for v in range(patch_size)
+    )[:count]  # fmt: skip
+    return torch.stack([torch.einsum("c,h,w->chw", colours[c], waves[u], waves[v]) for _, c, u, v in order])
+
+
+def sincos_pos_embed(patch_grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of the row and the column of each patch, [1, N, dim]; a start for a learned embedding."""
+    quarter = dim // 4
+    frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
+    parts = []
+    for size, across in zip(patch_grid, (False, True), strict=True):
+        angles = torch.arange(size)[:, None] * frequencies  # [size, dim / 4]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+        parts.append((waves[None] if across else waves[:, None]).expand(*patch_grid, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 1).unsqueeze(0)
+
+
 def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
     """Resample a position embedding [1, N, C] bicubically to another patch grid (rows, columns)."""
     if source_grid == target_grid:

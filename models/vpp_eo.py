@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models import selection
 from models.configs import VppEoConfig
 from models.token_subset import TokenSubset
-from models.vit import Block, Mlp, PatchEmbed, resize_pos_embed
+from models.vit import Block, Mlp, PatchEmbed, cosine_patches, resize_pos_embed, sincos_pos_embed
 from runtime.errors import ImageSizeError
 
 POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
@@ -181,13 +181,17 @@ class VppEo(nn.Module):
         return self.patch_grid[0] * self.patch_grid[1]
 
     def _init_weights(self) -> None:
-        for parameter in (self.pos_embed, self.queries):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        dim, size = self.config.embed_dim, self.config.patch_size
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries, std=0.5)
+        with torch.no_grad():
+            self.pos_embed.copy_(0.5 * sincos_pos_embed(self.patch_grid, dim))
+            patterns = cosine_patches(size, dim)
+            self.patch_embed.proj.weight.copy_(2.0 * patterns / size)
+            nn.init.zeros_(self.patch_embed.proj.bias)
 
     def initial_state(self, batch: int) -> State:
         """The state of a stream that has seen nothing: no prior, the learned queries."""

@@ -42,6 +42,7 @@ class FrameResult:
             0 (pruned first) to S (never pruned). The grid covers the letterboxed image, not the source frame.
         tokens_kept: int64 [S], tokens that each selection stage kept.
         reset_reason: Why this frame ran without a prior (``"first frame"``, ``"scene cut"``, ...), else None.
+        preprocess_ms: Time for letterboxing and the scene-cut check, milliseconds.
         step_ms: Time in the backend, milliseconds.
     """
 
@@ -52,3 +53,4 @@ class FrameResult:
     tokens_kept: NDArray[np.int64]
     reset_reason: str | None
     step_ms: float
+    preprocess_ms: float = 0.0

@@ -24,8 +24,8 @@ class Identities:
 
     query_of: dict[int, int] = field(default_factory=dict)
 
-    def match(self, cost: Tensor, objects: list[int]) -> list[int]:
-        """Query of each object in ``objects``; ``cost`` is float [Q, len(objects)]."""
+    def match(self, cost: Tensor, objects: list[int]) -> list[int | None]:
+        """Query of each object in ``objects``, None once no query is free; ``cost`` is float [Q, len(objects)]."""
         new = [column for column, name in enumerate(objects) if name not in self.query_of]
         taken = set(self.query_of.values())
         free = [query for query in range(cost.shape[0]) if query not in taken]
@@ -33,7 +33,7 @@ class Identities:
         rows, columns = linear_sum_assignment(values[np.ix_(free, new)])
         for row, column in zip(rows, columns, strict=True):
             self.query_of[objects[new[column]]] = free[row]
-        return [self.query_of[name] for name in objects]
+        return [self.query_of.get(name) for name in objects]
 
     def forget(self) -> None:
         """Start anew, as the runtime does after a scene cut."""

@@ -36,7 +36,7 @@ from models.training.sparse_step import Trace, masked_step
 from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
 from models.vpp_eo import State, VppEo, at_image_size
 from runtime.budget import reset_budget, stage_ratios, token_budget
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DeployError, SourceFormatError
 
 PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
 BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
@@ -227,14 +227,16 @@ class Trainer:
 
     @staticmethod
     def _match(prediction: tuple[Tensor, Tensor], index: int, clip: Clip, t: int) -> tuple[list[int], list[int]]:
-        """(objects visible in frame t, the query of each)."""
+        """(objects visible in frame t, the query of each); without those for which no query was free."""
         shown = clip.visible[:, t].nonzero().flatten().tolist()
         if not shown:
             return [], []
         with torch.no_grad():
             classes, masks = prediction[0][index].float(), prediction[1][index].float()
             cost = pairwise_cost(classes, masks, clip.labels[shown], clip.masks[shown, t])
-        return shown, clip.identities.match(cost, shown)
+        matched = clip.identities.match(cost, shown)
+        pairs = [(name, query) for name, query in zip(shown, matched, strict=True) if query is not None]
+        return [name for name, _ in pairs], [query for _, query in pairs]
 
     def _sample_ratios(self, count: int) -> list[float]:
         rng = np.random.default_rng((self.recipe.seed, self.step))
@@ -272,17 +274,18 @@ def train(recipe: Recipe, folder: Path, save_every_s: float = 120.0) -> VppEo:
     dataset = ClipDataset(
         data, size=recipe.size, frames=recipe.frames, max_gap=recipe.max_gap, seed=recipe.seed, scale=recipe.zoom
     )
+    if not len(dataset):
+        raise SourceFormatError(f"{data.annotations} has no video with frames: there is nothing to train on.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     saved = started = time.monotonic()
     with Progress(*columns) as progress, (folder / "log.jsonl").open("a", buffering=1) as log:
         bar = progress.add_task(recipe.stage.value, total=recipe.steps, completed=trainer.step)
-        for batch in batches(dataset, recipe, trainer.step):
+        missing = max(0, recipe.steps - trainer.step)  # 0 for a run that is done: it stays as it is
+        for batch in itertools.islice(batches(dataset, recipe, trainer.step), missing):
             losses = trainer.update(batch)
             shown = {name: round(value, 4) for name, value in losses.items()}
             log.write(json.dumps({"step": trainer.step, "s": round(time.monotonic() - started, 1), **shown}) + "\n")
             progress.update(bar, completed=trainer.step, description=f"{recipe.stage.value} {shown}")
-            if trainer.step >= recipe.steps:
-                break
             if time.monotonic() - saved > save_every_s:
                 trainer.save()
                 saved = time.monotonic()
@@ -326,7 +329,11 @@ def main(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup, weight_decay,
         clip_norm, semantic_weight, seed, bf16, None if init is None else str(init),
     )  # fmt: skip
-    train(recipe, output)
+    try:
+        train(recipe, output)
+    except DeployError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
     typer.echo(f"{output / 'model.safetensors'} written by: {shlex.join(['python', '-m', 'models.training.train', *sys.argv[1:]])}")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -244,20 +245,22 @@ def test_file_that_is_not_there(tmp_path):
 
 
 class Payload:
-    """Writes a file when it is unpickled by somebody who trusts it."""
+    """Makes a folder when it is unpickled by somebody who trusts it."""
 
     def __init__(self, marker):
         self.marker = marker
 
     def __reduce__(self):
-        return open, (str(self.marker), "w")
+        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("place", ["alone", "beside", "inside", "legacy", "pickle"])
 def test_code_in_a_file_is_never_run(weights, tmp_path, place):
     path, marker = tmp_path / "model.pth", tmp_path / "marker"
     payload = Payload(marker)
-    content = {"alone": payload, "inside": {**weights, "x": payload}}.get(place, {"state_dict": weights, "args": payload})
+    content = {"alone": payload, "inside": {**weights, "x": payload}}.get(
+        place, {"state_dict": weights, "args": payload}
+    )
     if place == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:

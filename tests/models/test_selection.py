@@ -32,7 +32,9 @@ def published_scores(selector, tokens, keys, deep, kept, grid):
     one_hot = F.one_hot(association.argmax(2), tokens.shape[1]).to(deep.dtype)
     copied = one_hot @ deep
     predictor = selector.predictor
-    hidden = F.gelu(predictor.mlp.fc1(F.layer_norm(copied, copied.shape[-1:], predictor.norm.weight, predictor.norm.bias)))
+    hidden = F.gelu(
+        predictor.mlp.fc1(F.layer_norm(copied, copied.shape[-1:], predictor.norm.weight, predictor.norm.bias))
+    )
     logits = predictor.mlp.fc2(hidden).log_softmax(2)
     return smoothed(logits, grid).softmax(2)[..., 0]
 
@@ -182,9 +184,7 @@ def test_gather_and_scatter_equal_torch(case):
     assert torch.equal(selection.scatter_tokens(x, indices, values), x.scatter(1, wide, values))
     assert torch.equal(selection.gather_tokens(x[..., 0], indices), x[..., 0].gather(1, indices))
     flags = torch.zeros(batch, tokens, dtype=torch.int64)
-    assert torch.equal(
-        selection.scatter_tokens(flags, indices, torch.ones_like(indices)), flags.scatter(1, indices, 1)
-    )
+    assert torch.equal(selection.scatter_tokens(flags, indices, torch.ones_like(indices)), flags.scatter(1, indices, 1))
     assert torch.equal(x, before), "the argument is left as it was"
 
 

@@ -22,12 +22,15 @@ budgets = st.lists(st.integers(1, PATCHES), min_size=4, max_size=4).map(lambda c
 
 
 def micro(seed=0, **fields):
-    """A micro network whose random selectors give scores well apart, so that no choice hangs on rounding."""
-    torch.manual_seed(seed)
+    """A micro network with every weight at random, biases too: no fault hides behind a zero of the initialisation."""
     model = VppEo(replace(CONFIGS["vpp-eo-micro"], **fields)).eval().requires_grad_(False)
-    for predictor in (model.map_selector.predictor, *model.selectors):
-        predictor.mlp.fc1.weight.mul_(20.0)
-        predictor.mlp.fc2.weight.mul_(20.0)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(float(name.endswith("weight")) + 0.1 * noise)  # LayerNorm has the only vectors of weights
     return model
 
 
@@ -69,7 +72,9 @@ def assert_same(got, want):
         if not a.is_floating_point():
             assert torch.equal(a, b), name
     for name in got._fields:
-        torch.testing.assert_close(getattr(got, name), getattr(want, name), **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(got, name), getattr(want, name), **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_shapes_are_those_that_the_docstrings_promise(model):
@@ -332,7 +337,9 @@ def test_queries_start_as_learned_and_are_handed_on(model):
     assert (after.queries - model.queries).abs().max() > 1e-3
     assert (later.queries - after.queries).abs().max() > 1e-4, "what a query is depends on what it has seen"
     other, _ = model(frames(2)[1], model.initial_state(1), tensor((PATCHES, *BUDGET[1:])))
-    handed_on, _ = model(frames(2)[1], model.initial_state(1)._replace(queries=after.queries), tensor((PATCHES, *BUDGET[1:])))
+    handed_on, _ = model(
+        frames(2)[1], model.initial_state(1)._replace(queries=after.queries), tensor((PATCHES, *BUDGET[1:]))
+    )
     assert (other.mask_logits - handed_on.mask_logits).abs().max() > 1e-5
     assert outputs.state_ok.all()
 

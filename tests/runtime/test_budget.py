@@ -18,6 +18,7 @@ ROWS = {  # design.md, "Schedules"; written out here so that a change of the tab
 }
 BLOCKS_PER_STAGE = (2, 3, 3, 3)  # blocks 1-2, 3-5, 6-8, 9-11; block 0 is dense
 
+
 def known_defect(reason):
     """A known defect of runtime/budget.py; the fix has to take the mark off."""
     return pytest.mark.xfail(strict=True, reason=reason)
@@ -149,7 +150,9 @@ def test_range_of_a_count_is_told():
 
 @pytest.mark.parametrize(("budget", "stage"), [((20, 30, 10, 5), 1), ((30, 20, 10, 11), 3)])
 def test_stage_that_grows_is_named(budget, stage):
-    with pytest.raises(TokenBudgetError, match=f"stage {stage} keeps {budget[stage]} of the {budget[stage - 1]} ") as it:
+    with pytest.raises(
+        TokenBudgetError, match=f"stage {stage} keeps {budget[stage]} of the {budget[stage - 1]} "
+    ) as it:
         validate_budget(budget, 60, 4)
     assert ",".join(map(str, budget)) in str(it.value)
 

@@ -1,0 +1,211 @@
+"""A video stream through a model: one frame in, objects out, the prior carried from frame to frame."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backend import Engine, StreamBuffers
+from runtime.budget import reset_budget, token_budget, validate_budget
+from runtime.bundle import Bundle
+from runtime.errors import FrameShapeError, StepError
+from runtime.resets import FAILED_STEP, NON_FINITE_STATE, RESOLUTION_CHANGE, ResetDetector, ResetSettings
+from runtime.results import FrameResult, Instances
+from runtime.tracks import Detections, Tracker
+from runtime.video.frame import Frame
+from runtime.video.letterbox import Letterbox
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+
+class Stream:
+    """One camera on an engine; several streams share one engine, each with its own state.
+
+    >>> with Stream(bundle, load_engine(bundle)) as stream:  # doctest: +SKIP
+    ...     for frame in frames:
+    ...         result = stream.step(frame, timestamp_s=time.monotonic())
+
+    Args:
+        bundle: What the engine was loaded from.
+        engine: Stays open when the stream is closed.
+        budget: Tokens kept at each stage; None takes the bundle's default preset.
+        keep_ratio: Instead of ``budget``: mean share of tokens over all blocks, in (0, 1].
+        resets: When to drop the prior.
+
+    Raises:
+        TokenBudgetError: The budget does not fit the model.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        budget: Sequence[int] | None = None,
+        keep_ratio: float | None = None,
+        resets: ResetSettings | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle, self.engine = bundle, engine
+        self.budget = choose_budget(bundle, budget, keep_ratio)
+        self._reset_budget = reset_budget(self.budget, manifest.patch_count)
+        self._reset_settings = resets
+        self._buffers: StreamBuffers | None = None
+        self._letterbox: Letterbox | None = None
+        self._detector = ResetDetector(resets)
+        self._tracker = Tracker(manifest.tracker)
+        self._frames = 0
+        self.reset_counts: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Allocate all buffers; does nothing if the stream is open."""
+        if self._buffers is None:
+            self._buffers = self.engine.open_stream()
+
+    def close(self) -> None:
+        """Give the buffers back; may be called twice."""
+        self._buffers = None
+
+    def reset(self, reason: str = "reset by caller") -> None:
+        """Forget the past: the next frame runs as the first frame of a new stream, and track ids go on."""
+        self._detector.note(reason)
+
+    def step(self, frame: NDArray[np.uint8] | Frame, *, timestamp_s: float | None = None) -> FrameResult:
+        """Run one frame and carry the prior to the next.
+
+        Args:
+            frame: uint8 [H, W, 3], RGB, of any size, or a :class:`Frame` of a source.
+            timestamp_s: Capture time, seconds; later than that of the frame before. A ``Frame`` brings its own.
+
+        Returns:
+            Objects in pixels of ``frame``; the arrays are the caller's own.
+
+        Raises:
+            FrameShapeError: This is no RGB picture; the prior is unchanged.
+            StepError: The backend failed; the prior is dropped, the next frame runs without one.
+        """
+        self.open()
+        assert self._buffers is not None
+        frame = self._as_frame(frame, timestamp_s)
+        arrived = time.perf_counter()
+        letterbox = self._fit(frame, self._buffers.image[0])
+        reason = self._detector.check(self._buffers.image[0], frame.timestamp_s, frame.discontinuity)
+        if reason is not None:
+            self._drop_prior(reason)
+        started = time.perf_counter()
+        outputs = self._run(self._buffers, self.budget if reason is None else self._reset_budget)
+        step_ms = (time.perf_counter() - started) * 1e3
+        if not bool(outputs["state_ok"][0]):
+            self._detector.note(NON_FINITE_STATE)
+        result = self._result(frame, outputs, letterbox, reason, step_ms, (started - arrived) * 1e3)
+        self._frames += 1
+        return result
+
+    def _as_frame(self, frame: NDArray[np.uint8] | Frame, timestamp_s: float | None) -> Frame:
+        if isinstance(frame, Frame):
+            return frame
+        if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
+            got = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            raise FrameShapeError(f"a frame is uint8 [height, width, 3], RGB; got {got}. The prior is unchanged.")
+        if timestamp_s is None:
+            timestamp_s = time.monotonic()
+        return Frame(frame, self._frames, timestamp_s)
+
+    def _fit(self, frame: Frame, image: NDArray[np.uint8]) -> Letterbox:
+        """Letterbox the frame into the input buffer."""
+        height, width = self.bundle.manifest.image_size
+        size = frame.height, frame.width
+        letterbox = self._letterbox
+        if letterbox is None or (letterbox.source_height, letterbox.source_width) != size:
+            if letterbox is not None:
+                self._detector.note(RESOLUTION_CHANGE)
+            letterbox = self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
+        letterbox.fit(frame, image)
+        return letterbox
+
+    def _drop_prior(self, reason: str) -> None:
+        assert self._buffers is not None
+        self._buffers.reset()
+        self._tracker.reset()
+        self.reset_counts[reason] += 1
+        logger.info("frame %d runs without a prior: %s", self._frames, reason)
+
+    def _run(self, buffers: StreamBuffers, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
+        try:
+            outputs = buffers.run(budget if self.engine.graph.has_budget else None)
+        except StepError:
+            self._detector.note(FAILED_STEP)
+            self._frames += 1
+            raise
+        buffers.commit()
+        return dict(outputs)
+
+    def _result(
+        self,
+        frame: Frame,
+        outputs: dict[str, NDArray[np.generic]],
+        letterbox: Letterbox,
+        reason: str | None,
+        step_ms: float,
+        preprocess_ms: float,
+    ) -> FrameResult:
+        class_logits = np.asarray(outputs["class_logits"][0], np.float32)
+        mask_logits = np.asarray(outputs["mask_logits"][0], np.float32)
+        detections = self._tracker.update(class_logits, mask_logits)
+        return FrameResult(
+            frame_index=frame.index,
+            timestamp_s=frame.timestamp_s,
+            instances=_instances(detections, letterbox.masks_to_source(mask_logits[detections.queries])),
+            kept_stages=np.array(outputs["kept_stages"][0], np.int64).reshape(self.bundle.manifest.patch_grid),
+            tokens_kept=np.array(outputs["tokens_kept"][0], np.int64),
+            reset_reason=reason,
+            step_ms=step_ms,
+            preprocess_ms=preprocess_ms,
+        )
+
+
+def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: float | None) -> tuple[int, ...]:
+    """The budget that was asked for, checked; the bundle's default if nothing was.
+
+    Raises:
+        TokenBudgetError: It does not fit the model.
+    """
+    manifest = bundle.manifest
+    if budget is None and keep_ratio is None:
+        return manifest.presets[manifest.default_preset]
+    counts = budget if budget is not None else token_budget(manifest.patch_count, keep_ratio or 0.0)
+    return validate_budget(counts, manifest.patch_count, manifest.stages)
+
+
+def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:
+    """Objects with a mask that is not empty in the source frame."""
+    seen = masks.any(axis=(1, 2))
+    masks = masks[seen]
+    boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
+    return Instances(
+        detections.track_ids[seen], detections.labels[seen], detections.scores[seen], boxes, masks
+    )
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,0 +1,127 @@
+"""From query outputs to objects with identities.
+
+Queries are handed on from frame to frame, so a query's index is an identity: a track is a query that stays confident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.manifest import TrackerSettings
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The queries that show an object in one frame, by track id.
+
+    Attributes:
+        track_ids: int64 [O].
+        queries: int64 [O], the query of each.
+        labels: int64 [O].
+        scores: float32 [O].
+    """
+
+    track_ids: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+@dataclass
+class _Track:
+    track_id: int
+    label_scores: NDArray[np.float32]
+    missed: int = 0
+
+
+class Tracker:
+    """Gives every query that shows an object a track id, which no other object gets within one stream."""
+
+    def __init__(self, settings: TrackerSettings) -> None:
+        self._settings = settings
+        self._tracks: dict[int, _Track] = {}
+        self._next_id = 1
+
+    def reset(self) -> None:
+        """End all tracks; ids go on."""
+        self._tracks.clear()
+
+    def update(self, class_logits: NDArray[np.float32], mask_logits: NDArray[np.float32]) -> Detections:
+        """Take one frame's outputs.
+
+        Args:
+            class_logits: [Q, classes + 1]; the last is "no object".
+            mask_logits: [Q, h, w].
+        """
+        classes = _softmax(class_logits)[:, :-1]
+        candidates = self._candidates(classes.max(axis=1))
+        quality = _mask_quality(mask_logits[candidates])
+        scores = np.zeros(len(classes), np.float32)
+        scores[candidates] = classes[candidates].max(axis=1) * quality
+        shown = self._without_duplicates(candidates, scores, mask_logits)
+        self._end_tracks(shown)
+        for query in shown:
+            self._continue(query, classes[query])
+        order = sorted(shown, key=lambda query: self._tracks[query].track_id)
+        return Detections(
+            np.array([self._tracks[query].track_id for query in order], np.int64),
+            np.array(order, np.int64),
+            np.array([int(self._tracks[query].label_scores.argmax()) for query in order], np.int64),
+            scores[order].astype(np.float32),
+        )
+
+    def _candidates(self, best: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Queries above the start score, or above the keep score if they carry a track."""
+        limit = np.full(best.shape, self._settings.start_score, np.float32)
+        limit[list(self._tracks)] = self._settings.keep_score
+        return np.flatnonzero(best >= limit)
+
+    def _without_duplicates(
+        self, candidates: NDArray[np.int64], scores: NDArray[np.float32], mask_logits: NDArray[np.float32]
+    ) -> list[int]:
+        """Candidates with a mask, none of which covers another; running tracks go before new ones, then by score."""
+        masks = {int(query): mask_logits[query] > 0 for query in candidates}
+        ranked = sorted(masks, key=lambda query: (query not in self._tracks, -scores[query]))
+        shown: list[int] = []
+        for query in ranked:
+            if masks[query].any() and all(
+                _iou(masks[query], masks[other]) <= self._settings.duplicate_iou for other in shown
+            ):
+                shown.append(query)
+        return shown
+
+    def _end_tracks(self, shown: list[int]) -> None:
+        for query in [query for query in self._tracks if query not in shown]:
+            self._tracks[query].missed += 1
+            if self._tracks[query].missed > self._settings.patience:
+                del self._tracks[query]
+
+    def _continue(self, query: int, classes: NDArray[np.float32]) -> None:
+        """The label of a track is the class with the largest score summed over its frames."""
+        if query not in self._tracks:
+            self._tracks[query] = _Track(self._next_id, np.zeros_like(classes))
+            self._next_id += 1
+        track = self._tracks[query]
+        track.label_scores = track.label_scores + classes
+        track.missed = 0
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+
+def _mask_quality(mask_logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean mask probability inside each mask [O], 0 where it is empty; Mask2Former's score factor."""
+    inside = mask_logits > 0
+    probability = 1.0 / (1.0 + np.exp(-np.clip(mask_logits, -30, 30)))
+    count = inside.sum(axis=(1, 2))
+    return np.asarray((probability * inside).sum(axis=(1, 2)) / np.maximum(count, 1), np.float32)
+
+
+def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 0.0

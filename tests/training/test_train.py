@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.configs import CONFIGS
+from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
+from models.training.train import Recipe, Stage, Trainer, batches, main, train
+from models.training.youtube_vis import ClipDataset, YouTubeVis, collate
+from models.vpp_eo import VppEo
+from runtime.errors import CheckpointError, ImageSizeError, SourceFormatError
+
+torch.set_num_threads(1)  # 60 tokens: more threads only wait for each other
+
+# pycocotools 2.0.11 has not followed NumPy 2 yet
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+SIZE = (96, 160)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "set"
+    config = SceneConfig(height=SIZE[0], width=SIZE[1], frames=6, smallest_radius=0.1, largest_radius=0.25)
+    write_youtube_vis(folder, config, range(4), progress=False)
+    return folder
+
+
+@pytest.fixture
+def recipe(data):
+    return Recipe(
+        stage=Stage.DENSE, data=str(data), model="vpp-eo-micro", steps=5, batch=2, size=SIZE, frames=3, truncate=2,
+        max_gap=2, zoom=(1.0, 1.2), learning_rate=2e-3, warmup=2, weight_decay=0.05, clip_norm=1.0, semantic_weight=2.0,
+        seed=3, bf16=False, init=None,
+    )  # fmt: skip
+
+
+def micro(**fields):
+    torch.manual_seed(0)
+    return VppEo(replace(CONFIGS["vpp-eo-micro"], **{"classes": CLASSES, "image_size": SIZE, **fields}))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A checkpoint to start the sparse stage from."""
+    save_checkpoint(micro(), tmp_path / "dense.safetensors")
+    return str(tmp_path / "dense.safetensors")
+
+
+def clips(recipe, count):
+    """One batch of ``count`` clips, as the dataset gives them."""
+    dataset = ClipDataset(YouTubeVis(recipe.data), recipe.size, frames=recipe.frames, scale=recipe.zoom)
+    return collate([dataset[index] for index in range(count)])
+
+
+def loss_of(terms):
+    return sum(value for name, value in terms.items() if name != "norm")
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_loss_of_repeated_clips_goes_down(recipe, tmp_path, stage):
+    recipe = replace(recipe, stage=stage, steps=30, warmup=5, frames=2)
+    trainer, batch = Trainer(recipe, micro().train(), tmp_path), clips(recipe, 4)
+    assert any(len(target["labels"]) for target in batch["targets"])
+    losses = [loss_of(trainer.update(batch)) for _ in range(30)]
+    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+    assert last < 0.75 * first, f"{first:.2f} -> {last:.2f}"
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_interrupted_run_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch, dense, stage):
+    """Stopped in the middle of an epoch, after a step that was saved and one that was lost."""
+    recipe = replace(recipe, stage=stage, init=dense)
+    whole = train(recipe, tmp_path / "whole")
+
+    update, save = Trainer.update, Trainer.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", lambda self: save(self) if self.step <= 3 else None)
+        patch.setattr(Trainer, "update", lambda self, batch: update(self, batch) if self.step < 4 else interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts", save_every_s=-1.0)
+    assert not same_weights(load_checkpoint(tmp_path / "parts" / "model.safetensors"), whole)
+    torch.manual_seed(99)  # another process starts from another place
+    resumed = train(recipe, tmp_path / "parts")
+
+    assert same_weights(resumed, whole)
+    assert [entry["step"] for entry in logged(tmp_path / "parts")] == [1, 2, 3, 4, 4, 5]
+    whole_log, parts_log = ([{**entry, "s": 0} for entry in logged(tmp_path / run)] for run in ("whole", "parts"))
+    assert parts_log == [*whole_log[:4], *whole_log[3:]], "the losses of the steps are the same ones"
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_run_that_is_done_stays_as_it_is(recipe, tmp_path):
+    recipe = replace(recipe, steps=2)
+    once = train(recipe, tmp_path).state_dict()
+    once = {name: value.clone() for name, value in once.items()}
+    again = train(recipe, tmp_path)
+    assert all(torch.equal(value, once[name]) for name, value in again.state_dict().items())
+    assert [entry["step"] for entry in logged(tmp_path)] == [1, 2]
+
+
+def test_same_recipe_gives_the_same_weights_and_another_seed_others(recipe, tmp_path):
+    recipe = replace(recipe, steps=2)
+    first, second = train(recipe, tmp_path / "a"), train(recipe, tmp_path / "b")
+    assert same_weights(first, second)
+    assert not same_weights(train(replace(recipe, seed=4), tmp_path / "c"), first)
+
+
+def test_sparse_stage_goes_on_from_the_dense_checkpoint(recipe, tmp_path):
+    """As the two commands do it, in bfloat16 as by default."""
+    train(replace(recipe, steps=2, bf16=True), tmp_path / "dense")
+    init = tmp_path / "dense" / "model.safetensors"
+    sparse = replace(recipe, stage=Stage.SPARSE, steps=2, bf16=True, init=str(init), model="vpp-eo-nano")
+    train(sparse, tmp_path / "sparse")
+    before, after = load_checkpoint(init), load_checkpoint(tmp_path / "sparse" / "model.safetensors")
+    assert after.config == before.config == replace(CONFIGS["vpp-eo-micro"], classes=CLASSES, image_size=SIZE)
+    for name, value in after.state_dict().items():
+        assert value.isfinite().all(), name
+    for part in ("map_selector.predictor.mlp.fc2.weight", "selectors.0.mlp.fc2.weight", "selectors.2.mlp.fc2.weight"):
+        assert not torch.equal(before.state_dict()[part], after.state_dict()[part]), f"{part} was trained"
+    terms = logged(tmp_path / "sparse")[0]
+    assert {"set", "deep", "pixels", "ratio"} <= terms.keys()
+    assert "ratio" not in logged(tmp_path / "dense")[0]
+    written = json.loads((tmp_path / "sparse" / "recipe.json").read_text())
+    assert (written["stage"], written["init"], written["size"]) == ("sparse", str(init), list(SIZE))
+
+
+def test_sparse_stage_at_another_size_resamples_the_positions(recipe, tmp_path):
+    save_checkpoint(micro(image_size=(64, 96)), tmp_path / "small.safetensors")
+    model = train(replace(recipe, steps=1, init=str(tmp_path / "small.safetensors")), tmp_path / "run")
+    assert model.config.image_size == SIZE
+    assert model.pos_embed.shape == (1, 60, 48)
+
+
+def test_clips_without_objects_train(recipe, tmp_path):
+    batch = clips(recipe, 2)
+    for target in batch["targets"]:
+        target["masks"], target["labels"] = target["masks"][:0], target["labels"][:0]
+    terms = Trainer(recipe, micro(), tmp_path).update(batch)
+    assert torch.isfinite(torch.tensor(list(terms.values()))).all()
+
+
+def test_clip_with_more_objects_than_queries_trains(recipe, tmp_path):
+    """A clip over a cut shows up to ten objects."""
+    recipe = replace(recipe, stage=Stage.SPARSE)
+    batch = clips(recipe, 2)
+    for target in batch["targets"]:
+        target["masks"] = torch.rand(12, recipe.frames, *SIZE) < 0.1
+        target["labels"] = torch.arange(12) % len(CLASSES)
+    terms = Trainer(recipe, micro(), tmp_path).update(batch)
+    assert torch.isfinite(torch.tensor(list(terms.values()))).all()
+
+
+def test_step_whose_gradient_is_not_finite_is_skipped(recipe, tmp_path, monkeypatch):
+    trainer, batch = Trainer(recipe, micro().train(), tmp_path), clips(recipe, 2)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    clip_loss = Trainer._clip_loss
+
+    def broken(self, images, targets):
+        terms = clip_loss(self, images, targets)
+        self.model.queries.grad[0, 0] = torch.nan
+        return terms
+
+    monkeypatch.setattr(Trainer, "_clip_loss", broken)
+    trainer.update(batch)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    monkeypatch.undo()
+    trainer.update(batch)
+    assert not torch.equal(trainer.model.queries, before["queries"]), "the next one is learned from"
+    assert trainer.step == 2
+
+
+def test_learning_rate_warms_up_and_falls_to_one_percent(recipe, tmp_path):
+    trainer = Trainer(replace(recipe, steps=102, warmup=2, learning_rate=1.0), micro(), tmp_path)
+    rates = []
+    for trainer.step in range(103):
+        rates.append(trainer.learning_rate())
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates[52] == pytest.approx(0.505)
+    assert rates[102] == pytest.approx(0.01)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_matrices_decay_and_embeddings_do_not(recipe, tmp_path):
+    trainer = Trainer(recipe, micro(), tmp_path)
+    names = {id(p): name for name, p in [*trainer.model.named_parameters(), *trainer.semantic.named_parameters()]}
+    decayed, rest = ({names.pop(id(p)) for p in group["params"]} for group in trainer.optimiser.param_groups)
+    assert not names, "every parameter is trained, once"
+    assert [group["weight_decay"] for group in trainer.optimiser.param_groups] == [0.05, 0.0]
+    assert {"pos_embed", "queries", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias"} <= rest
+    assert {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "predict.weight"} <= decayed
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_batches_from_any_step_are_those_of_a_run_from_the_start(recipe, batch):
+    recipe = replace(recipe, batch=batch, frames=1)
+
+    def take(first_step, count):
+        dataset = ClipDataset(YouTubeVis(recipe.data), recipe.size, frames=1, seed=recipe.seed)
+        return [part["images"] for part, _ in zip(batches(dataset, recipe, first_step), range(count), strict=False)]
+
+    whole = take(0, 5)
+    assert {len(images) for images in whole} == {min(batch, 4)}
+    for first_step in (1, 4):
+        for a, b in zip(take(first_step, 5 - first_step), whole[first_step:], strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(whole[0], whole[4]), "another epoch, other clips"
+
+
+def test_data_without_frames_is_refused(recipe, tmp_path):
+    (tmp_path / "instances.json").write_text(json.dumps({"videos": [], "categories": [{"id": 1, "name": "cat"}]}))
+    with pytest.raises(SourceFormatError, match="nothing to train on"):
+        train(replace(recipe, data=str(tmp_path)), tmp_path / "run")
+
+
+def test_checkpoint_of_other_classes_is_refused(recipe, tmp_path):
+    save_checkpoint(micro(classes=("cat", "dog")), tmp_path / "pets.safetensors")
+    with pytest.raises(CheckpointError, match=r"knows the classes \('cat', 'dog'\), the data has \('disc', "):
+        train(replace(recipe, init=str(tmp_path / "pets.safetensors")), tmp_path / "run")
+
+
+def test_size_off_the_grid_is_refused(recipe, tmp_path):
+    with pytest.raises(ImageSizeError, match="The nearest that is: 96 160"):
+        train(replace(recipe, size=(100, 160)), tmp_path / "run")
+
+
+def test_help_is_there():
+    done = subprocess.run([sys.executable, "-m", "models.training.train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("dense", "sparse", "--data", "--output", "--init", "--truncate"):
+        assert word in done.stdout
+
+
+def test_command_line_trains_and_says_what_was_written(data, tmp_path):
+    options = ["--steps", "1", "--batch", "1", "--frames", "2", "--size", "96", "160", "--model", "vpp-eo-micro"]
+    result = CliRunner().invoke(command(), ["dense", "--data", str(data), "--output", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'model.safetensors'} written by" in result.output.replace("\n", "")
+    assert load_checkpoint(tmp_path / "model.safetensors").config.classes == CLASSES
+
+
+def test_command_line_reports_an_error_without_a_traceback(data, tmp_path):
+    result = CliRunner().invoke(
+        command(), ["sparse", "--data", str(data), "--output", str(tmp_path), "--init", "none.pt"]
+    )
+    assert result.exit_code == 2
+    assert "CheckpointError: there is no checkpoint at none.pt." in result.output
+
+
+def command():
+    app = typer.Typer()
+    app.command()(main)
+    return app
