@@ -122,13 +122,17 @@ def run(
     bundle: BundleArgument,
     source: Annotated[
         str,
-        typer.Option(help="Video file, image folder, rtsp:// or http:// address, /dev/video0, webcam number, or a "
-                     "GStreamer pipeline that ends in appsink."),
+        typer.Option(
+            help="Video file, image folder, rtsp:// or http:// address, /dev/video0, webcam number, or a "
+            "GStreamer pipeline that ends in appsink."
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="Annotated video to write (.mp4, .mkv).")] = None,
     results: Annotated[Path | None, typer.Option(help="YouTube-VIS results to write (.json).")] = None,
     json_lines: Annotated[Path | None, typer.Option(help="One JSON object per frame to write (.jsonl).")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Live view: a window, or a page where there is no display.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Live view: a window, or a page where there is no display.")
+    ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the live page on this machine.")] = 8080,
     keep_ratio: KeepRatioOption = None,
     token_budget: BudgetOption = None,
@@ -345,7 +349,9 @@ def main() -> None:
     try:
         app()
     except DeployError as error:
-        log_console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        log_console.print(
+            f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(error.exit_code) from error
 
 

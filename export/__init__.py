@@ -1,0 +1,1 @@
+"""torch -> ONNX graph, parity check, bundle, engine plans."""

@@ -113,9 +113,7 @@ def _is_weight(entry: tuple[object, object]) -> bool:
     return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
-def _config(
-    path: Path, weights: dict[str, Tensor], metadata: dict[str, str], model_name: str | None
-) -> VppEoConfig:
+def _config(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], model_name: str | None) -> VppEoConfig:
     if _CONFIG_KEY in metadata:
         try:
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata[_CONFIG_KEY]).items()}

@@ -70,7 +70,9 @@ _ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))
 CONFIGS: dict[str, VppEoConfig] = {
     config.name: config
     for config in (
-        VppEoConfig("vpp-eo-micro", _ABSTRACT_CLASSES, embed_dim=48, heads=3, image_size=(96, 160), queries=8, mask_dim=24),
+        VppEoConfig(
+            "vpp-eo-micro", _ABSTRACT_CLASSES, embed_dim=48, heads=3, image_size=(96, 160), queries=8, mask_dim=24
+        ),
         VppEoConfig("vpp-eo-nano", _ABSTRACT_CLASSES, embed_dim=128, heads=2, queries=24, mask_dim=64),
         VppEoConfig("vpp-eo-tiny", _ABSTRACT_CLASSES, embed_dim=192, heads=3, mask_dim=96),
         VppEoConfig("vpp-eo-small", _ABSTRACT_CLASSES, embed_dim=384, heads=6, mask_dim=128),

@@ -40,8 +40,10 @@ def stage_ratios(keep_ratio: float) -> tuple[float, ...]:
     upper = next(anchor for anchor in anchors if keep_ratio <= anchor)
     lower = anchors[anchors.index(upper) - 1]
     weight = (keep_ratio - lower) / (upper - lower)
-    return tuple(a if weight == 0.0 else b if weight == 1.0 else a + weight * (b - a)
-                 for a, b in zip(SCHEDULE[lower], SCHEDULE[upper], strict=True))
+    return tuple(
+        a if weight == 0.0 else b if weight == 1.0 else a + weight * (b - a)
+        for a, b in zip(SCHEDULE[lower], SCHEDULE[upper], strict=True)
+    )
 
 
 def token_budget(patch_count: int, keep_ratio: float) -> tuple[int, ...]:

@@ -31,7 +31,9 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at the machine, the base packages, the backends, and the packages for export."""
     cores = os.cpu_count() or 1
-    yield Finding("ok", "machine", f"{platform.machine()}, {cores} CPUs, {platform.system()}, Python {sys.version.split()[0]}")
+    yield Finding(
+        "ok", "machine", f"{platform.machine()}, {cores} CPUs, {platform.system()}, Python {sys.version.split()[0]}"
+    )
     yield from (_package(name, "") for name in ("numpy", "av", "pydantic", "pillow", "pycocotools"))
     yield from _onnxruntime()
     yield _package("openvino", "the backend for it is planned; nothing to install yet")
@@ -82,7 +84,9 @@ def _try_provider(onnxruntime, name: str, provider: str) -> Finding:  # type: ig
     except Exception as error:  # ONNX Runtime raises classes of its own without a common base
         return Finding("problem", f"backend {name}", f"{provider} is listed but fails: {str(error).splitlines()[0]}")
     if provider not in session.get_providers():
-        return Finding("problem", f"backend {name}", f"{provider} is listed but cannot be loaded: no GPU, driver or CUDA")
+        return Finding(
+            "problem", f"backend {name}", f"{provider} is listed but cannot be loaded: no GPU, driver or CUDA"
+        )
     return Finding("ok", f"backend {name}", f"{onnxruntime.__version__}, {provider} loads and runs")
 
 

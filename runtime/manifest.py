@@ -89,8 +89,8 @@ class TrackerSettings(_Strict):
     """How query outputs become tracks.
 
     Attributes:
-        start_score: A query becomes a new track at this score or above, in [0, 1].
-        keep_score: A track goes on while its query scores at least this.
+        start_score: A query becomes a new track when it is an object, of any class, with this probability, in [0, 1].
+        keep_score: A track goes on while that probability is at least this.
         patience: Frames that a track may stay below ``keep_score`` before it ends.
         duplicate_iou: Of two masks that overlap more than this, the lower score is dropped.
     """
@@ -153,7 +153,9 @@ class Manifest(_Strict):
     def _is_consistent(self) -> Manifest:
         rows, columns = self.patch_grid
         if (rows * self.patch_size, columns * self.patch_size) != self.image_size:
-            raise ValueError(f"patch grid {self.patch_grid} x {self.patch_size} is not the image size {self.image_size}")
+            raise ValueError(
+                f"patch grid {self.patch_grid} x {self.patch_size} is not the image size {self.image_size}"
+            )
         if self.default_preset not in self.presets:
             raise ValueError(f"default preset {self.default_preset} is none of {', '.join(self.presets)}")
         for name, budget in self.presets.items():

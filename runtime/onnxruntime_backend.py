@@ -71,7 +71,9 @@ class OnnxRuntimeBuffers:
     device memory, and only the image goes up and the results come down.
     """
 
-    def __init__(self, session: ort.InferenceSession, bundle: Bundle, graph: GraphSpec, batch: int, device: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, bundle: Bundle, graph: GraphSpec, batch: int, device: str
+    ) -> None:
         self._session, self._bundle, self._graph = session, bundle, graph
         self._batch, self._device = batch, device
         state_inputs = {pair.input for pair in graph.state}

@@ -32,11 +32,12 @@ class FrameParity:
 
 
 def relative_difference(got: NDArray[np.generic], want: NDArray[np.generic]) -> float:
-    """``max|got - want| / max|want|``; infinite where one is NaN and the other is not."""
+    """``max|got - want| / max|want|`` over the finite values; infinite where NaN or infinity is not met by the same."""
     a, b = got.astype(np.float64), want.astype(np.float64)
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+    finite = np.isfinite(b)
+    if not np.isfinite(a[finite]).all() or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return float("inf")
-    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    a, b = a[finite], b[finite]
     largest = np.abs(b).max(initial=0.0)
     difference = np.abs(a - b).max(initial=0.0)
     return float(difference / largest) if largest > 0 else float(difference)
@@ -52,10 +53,8 @@ def undecided(scores: NDArray[np.float32], kept: int | None) -> NDArray[np.bool_
     valid = np.sort(scores[~np.isnan(scores)])[::-1]
     if len(valid) == 0 or (kept is not None and kept >= len(valid)):
         return np.zeros(scores.shape, bool)
-    deciding = valid[[kept - 1, kept]] if kept is not None else np.zeros(1, np.float32)
-    margin = TIE_MARGIN * np.abs(valid).max()
-    with np.errstate(invalid="ignore"):
-        near: NDArray[np.bool_] = (np.abs(scores[:, None] - deciding) <= margin).any(1)
+    deciding = valid[kept - 1] if kept is not None else np.float32(0)
+    near: NDArray[np.bool_] = np.abs(scores - deciding) <= TIE_MARGIN * np.abs(valid).max()
     return near
 
 
@@ -122,8 +121,10 @@ def compare_frame(
         ties = count_near_ties(*kept, [stage[0] for stage in scores], budget, tied_match)
     differences = {}
     for name, expected in want.items():
-        if name in ("kept_stages", "tokens_kept") or name not in got:
+        if name in ("kept_stages", "tokens_kept"):
             continue
+        if name not in got:
+            raise ExportMismatchError(f"{name} is missing; there are {', '.join(got)}")
         if got[name].shape != expected.shape:
             raise ExportMismatchError(f"{name} has shape {got[name].shape}, expected {expected.shape}")
         difference = relative_difference(got[name], expected)

@@ -130,9 +130,7 @@ def _measure(
     return {name: np.array(values) for name, values in times.items()}
 
 
-def _row(
-    name: str, budget: tuple[int, ...] | None, times: NDArray[np.float64], base: float | None
-) -> LatencyRow:
+def _row(name: str, budget: tuple[int, ...] | None, times: NDArray[np.float64], base: float | None) -> LatencyRow:
     p50, p90, p99 = (round(float(value), 3) for value in np.percentile(times, (50, 90, 99)))
     return LatencyRow(name, budget, p50, p90, p99, None if base is None else round(base / p50, 3))
 

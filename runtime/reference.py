@@ -80,13 +80,14 @@ def _compare(reference: Mapping[str, NDArray], engine: Engine, buffers, t: int, 
     want |= {f"next_{name}": value for name, value in _section(reference, f"{t + 1}.state.").items()}
     scores = [reference[f"{t}.scores.{stage}"] for stage in range(len(_section(reference, f"{t}.scores.")))]
     tied = bool(reference[f"{t}.tied_match"])
+    counted = budget[:1] if engine.graph.selection == "threshold" else budget  # the stages that decide by a count
     kept = {name: want[name] for name in ("kept_stages",) if name in want}
     try:
         if kept:
-            choice = compare_frame(got, kept, scores, budget, tolerance, tied)
+            choice = compare_frame(got, kept, scores, counted, tolerance, tied)
             if choice.near_ties:
                 return choice
-        return compare_frame(got, want, scores, budget, tolerance, tied)
+        return compare_frame(got, want, scores, counted, tolerance, tied)
     except ExportMismatchError as error:
         raise ExportMismatchError(f"frame {t}, budget {budget}, {engine.report}: {error}") from error
 

@@ -16,7 +16,7 @@ from runtime.backend import Engine, StreamBuffers
 from runtime.budget import reset_budget, token_budget, validate_budget
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
-from runtime.resets import FAILED_STEP, NON_FINITE_STATE, RESOLUTION_CHANGE, ResetDetector, ResetSettings
+from runtime.resets import FAILED_STEP, FIRST_FRAME, NON_FINITE_STATE, RESOLUTION_CHANGE, ResetDetector, ResetSettings
 from runtime.results import FrameResult, Instances
 from runtime.tracks import Detections, Tracker
 from runtime.video.frame import Frame
@@ -77,9 +77,10 @@ class Stream:
         self.close()
 
     def open(self) -> None:
-        """Allocate all buffers; does nothing if the stream is open."""
+        """Allocate all buffers; does nothing if the stream is open. One that was closed starts without a prior."""
         if self._buffers is None:
             self._buffers = self.engine.open_stream()
+            self._detector.note(FIRST_FRAME)
 
     def close(self) -> None:
         """Give the buffers back; may be called twice."""
@@ -108,7 +109,8 @@ class Stream:
         frame = self._as_frame(frame, timestamp_s)
         arrived = time.perf_counter()
         letterbox = self._fit(frame, self._buffers.image[0])
-        reason = self._detector.check(self._buffers.image[0], frame.timestamp_s, frame.discontinuity)
+        content = letterbox.content(self._buffers.image[0])
+        reason = self._detector.check(content, frame.timestamp_s, frame.discontinuity)
         if reason is not None:
             self._drop_prior(reason)
         started = time.perf_counter()
@@ -122,10 +124,10 @@ class Stream:
 
     def _as_frame(self, frame: NDArray[np.uint8] | Frame, timestamp_s: float | None) -> Frame:
         if isinstance(frame, Frame):
+            if isinstance(frame.picture, np.ndarray):
+                _check_picture(frame.picture)
             return frame
-        if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
-            got = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
-            raise FrameShapeError(f"a frame is uint8 [height, width, 3], RGB; got {got}. The prior is unchanged.")
+        _check_picture(frame)
         if timestamp_s is None:
             timestamp_s = time.monotonic()
         return Frame(frame, self._frames, timestamp_s)
@@ -183,6 +185,14 @@ class Stream:
         )
 
 
+def _check_picture(picture: object) -> None:
+    is_array = isinstance(picture, np.ndarray)
+    if is_array and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
+        return
+    got = f"{picture.dtype} {list(picture.shape)}" if is_array else type(picture).__name__
+    raise FrameShapeError(f"a frame is uint8 [height, width, 3], RGB; got {got}. The prior is unchanged.")
+
+
 def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: float | None) -> tuple[int, ...]:
     """The budget that was asked for, checked; the bundle's default if nothing was.
 
@@ -201,9 +211,7 @@ def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:
     seen = masks.any(axis=(1, 2))
     masks = masks[seen]
     boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
-    return Instances(
-        detections.track_ids[seen], detections.labels[seen], detections.scores[seen], boxes, masks
-    )
+    return Instances(detections.track_ids[seen], detections.labels[seen], detections.scores[seen], boxes, masks)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

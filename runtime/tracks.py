@@ -1,6 +1,7 @@
 """From query outputs to objects with identities.
 
-Queries are handed on from frame to frame, so a query's index is an identity: a track is a query that stays confident.
+Queries are handed on from frame to frame, so a query's index is an identity: a track is a query that stays confident
+that it shows an object, of whatever class; the class is settled over the track's frames.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class Tracker:
             class_logits: [Q, classes + 1]; the last is "no object".
             mask_logits: [Q, h, w].
         """
-        classes = _softmax(class_logits)[:, :-1]
-        candidates = self._candidates(classes.max(axis=1))
-        quality = _mask_quality(mask_logits[candidates])
+        probability = _softmax(class_logits)
+        classes, objectness = probability[:, :-1], 1.0 - probability[:, -1]
+        candidates = self._candidates(objectness)
         scores = np.zeros(len(classes), np.float32)
-        scores[candidates] = classes[candidates].max(axis=1) * quality
+        scores[candidates] = objectness[candidates] * _mask_quality(mask_logits[candidates])
         shown = self._without_duplicates(candidates, scores, mask_logits)
         self._end_tracks(shown)
         for query in shown:
@@ -73,11 +74,11 @@ class Tracker:
             scores[order].astype(np.float32),
         )
 
-    def _candidates(self, best: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _candidates(self, objectness: NDArray[np.float32]) -> NDArray[np.int64]:
         """Queries above the start score, or above the keep score if they carry a track."""
-        limit = np.full(best.shape, self._settings.start_score, np.float32)
+        limit = np.full(objectness.shape, self._settings.start_score, np.float32)
         limit[list(self._tracks)] = self._settings.keep_score
-        return np.flatnonzero(best >= limit)
+        return np.flatnonzero(objectness >= limit)
 
     def _without_duplicates(
         self, candidates: NDArray[np.int64], scores: NDArray[np.float32], mask_logits: NDArray[np.float32]

@@ -761,6 +761,7 @@ def main(
     shared_texture: Annotated[
         float, typer.Option(min=0, max=1, help="Chance that an object looks like something in the background.")
     ] = 0.6,
+    furniture: Annotated[int, typer.Option(min=0, max=1000, help="Most unlabelled things in the background.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Clip i is drawn from seed x 1000000 + i.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 1,
     jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the JPEG files.")] = 92,
@@ -778,6 +779,7 @@ def main(
             smallest_radius=radius[0],
             largest_radius=radius[1],
             shared_texture_probability=shared_texture,
+            max_furniture=furniture,
         )
         write_youtube_vis(output, config, seeds, workers=workers, jpeg_quality=jpeg_quality)
     except SinkError as error:

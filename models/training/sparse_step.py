@@ -120,7 +120,9 @@ def _top_mask(score: Tensor, counts: Tensor, previous: Tensor | None) -> Tensor:
     """Straight-through mask [B, N] of the ``counts`` [B] highest scores among the tokens of ``previous``."""
     ranked = score if previous is None else score.masked_fill(previous.detach() < 0.5, float("-inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.zeros_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.zeros_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     hard = (rank < counts.unsqueeze(1)).to(score.dtype)
     soft = score.sigmoid()
     mask = hard - soft.detach() + soft

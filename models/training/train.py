@@ -208,10 +208,12 @@ class Trainer:
         """Loss terms of one frame, averaged over the clips."""
         final = [self._match(trace.predictions[-1], b, clip, t) for b, clip in enumerate(clips)]
         predictions = [
-            torch.stack([
-                set_loss(classes[b].float(), masks[b].float(), queries, clip.labels[shown], clip.masks[shown, t])
-                for b, (clip, (shown, queries)) in enumerate(zip(clips, final, strict=True))
-            ]).mean()
+            torch.stack(
+                [
+                    set_loss(classes[b].float(), masks[b].float(), queries, clip.labels[shown], clip.masks[shown, t])
+                    for b, (clip, (shown, queries)) in enumerate(zip(clips, final, strict=True))
+                ]
+            ).mean()
             for classes, masks in trace.predictions
         ]
         label_map = torch.stack([clip.label_maps[t] for clip in clips])
@@ -251,8 +253,8 @@ class Trainer:
 def batches(dataset: ClipDataset, recipe: Recipe, first_step: int) -> Iterator[Batch]:
     """Endless batches, the same for the same seed and step, decoded ahead by a worker process."""
     per_epoch = max(1, len(dataset) // recipe.batch)
-    epoch, done = divmod(first_step, per_epoch)
-    for epoch in itertools.count(epoch):
+    first_epoch, done = divmod(first_step, per_epoch)
+    for epoch in itertools.count(first_epoch):
         dataset.set_epoch(epoch)
         order = np.random.default_rng((recipe.seed, epoch)).permutation(len(dataset))
         yield from torch.utils.data.DataLoader(
@@ -316,7 +318,7 @@ def main(
     truncate: Annotated[int, typer.Option(min=1, help="Frames that gradients flow through.")] = 3,
     max_gap: Annotated[int, typer.Option(min=1, help="Largest distance between two frames of a clip.")] = 2,
     zoom: Annotated[tuple[float, float], typer.Option(help="Range of the crop's zoom; 1 is the frame.")] = (0.8, 1.5),
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 6e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-4,
     warmup: Annotated[int, typer.Option(min=1, help="Steps of linear warm-up.")] = 200,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
@@ -326,15 +328,16 @@ def main(
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
-        stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup, weight_decay,
-        clip_norm, semantic_weight, seed, bf16, None if init is None else str(init),
+        stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
+        weight_decay, clip_norm, semantic_weight, seed, bf16, None if init is None else str(init),
     )  # fmt: skip
     try:
         train(recipe, output)
     except DeployError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
-    typer.echo(f"{output / 'model.safetensors'} written by: {shlex.join(['python', '-m', 'models.training.train', *sys.argv[1:]])}")
+    command = shlex.join(["python", "-m", "models.training.train", *sys.argv[1:]])
+    typer.echo(f"{output / 'model.safetensors'} written by: {command}")
 
 
 if __name__ == "__main__":

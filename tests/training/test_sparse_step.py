@@ -224,6 +224,17 @@ def test_gradients_flow_two_frames_back_through_the_state(handed_on):
     assert reached(first.patch_embed)
 
 
+def test_map_selector_is_taught_by_the_blocks_of_later_stages_too():
+    """Masks are nested: with blocks 1 and 2 doing nothing, what Map-SM dropped is missed from block 3 on."""
+    model = micro()
+    for block in list(model.blocks)[1:3]:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    traces, _ = run_clip(model, frames=2, noise=False)
+    result_of(traces[-1]).backward()
+    assert reached(model.map_selector.predictor)
+
+
 def test_gradient_of_the_result_is_finite_where_almost_nothing_is_kept():
     model = micro()
     traces, state = run_clip(model, ratio=0.02)

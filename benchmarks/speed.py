@@ -1,0 +1,139 @@
+"""What pruning is worth: vpp-eo-tiny at 960 x 544, ONNX Runtime fp32, against its clean dense export.
+
+    python -m benchmarks.speed
+
+Weights are random: the time of a step depends on the token counts, not on the values. All rows of one run take turns
+step by step, so that a machine whose speed drifts touches all of them alike; quote the ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from typing_extensions import Self
+
+from export.bundle_writer import ExportRequest, export_bundle
+from models.checkpoints import save_checkpoint
+from models.configs import config_by_name
+from models.vpp_eo import VppEo
+from runtime.backend import Engine, load_engine
+from runtime.bundle import Bundle, load_bundle
+from runtime.pipeline import run_stream
+from runtime.profiler import profile_bundle
+from runtime.stream import Stream
+from runtime.video.frame import Frame
+from runtime.video.sources import SourceCounters
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {"cpu": cpu, "cpus": os.cpu_count(), "python": platform.python_version(), "date": str(date.today())}
+
+
+def random_bundle(name: str, image_size: tuple[int, int], folder: Path) -> Bundle:
+    """A bundle of a named configuration with random weights."""
+    torch.manual_seed(0)
+    checkpoint = folder / f"{name}.safetensors"
+    save_checkpoint(VppEo(config_by_name(name)), checkpoint)
+    export_bundle(ExportRequest(checkpoint, folder / name, image_size=image_size), print)
+    return load_bundle(folder / name)
+
+
+def bare_loop(bundle: Bundle, engine: Engine, steps: int) -> float:
+    """Steps per second of the graph alone, at the default budget, with the prior carried."""
+    buffers = engine.open_stream()
+    buffers.image[:] = np.random.default_rng(0).integers(0, 256, buffers.image.shape, np.uint8)
+    budget = bundle.manifest.presets[bundle.manifest.default_preset]
+    for _ in range(3):
+        buffers.run(budget)
+        buffers.commit()
+    started = time.perf_counter()
+    for _ in range(steps):
+        buffers.run(budget)
+        buffers.commit()
+    return steps / (time.perf_counter() - started)
+
+
+class DecodedClip:
+    """A source of pictures that are in memory already: 720p, a pattern that moves."""
+
+    live, frame_rate = False, 30.0
+
+    def __init__(self, frames: int) -> None:
+        base = np.random.default_rng(0).integers(0, 256, (45, 80, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        pictures = [np.roll(base, 4 * index, axis=1) for index in range(frames)]
+        self.frame_count, self.counters = frames, SourceCounters()
+        self._frames = iter([Frame(picture, index, index / 30.0) for index, picture in enumerate(pictures)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self._frames
+
+    def __next__(self) -> Frame:
+        return next(self._frames)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def run_loop(bundle: Bundle, engine: Engine, frames: int) -> float:
+    """Frames per second of ``run`` on a decoded clip, without sinks."""
+    return run_stream(DecodedClip(frames), Stream(bundle, engine), []).frames_per_second
+
+
+def main(
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 2,
+    steps: Annotated[int, typer.Option(min=3, help="Measured steps per row.")] = 30,
+    model: Annotated[str, typer.Option(help="Configuration.")] = "vpp-eo-tiny",
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width, pixels.")] = (544, 960),
+) -> None:
+    """Measure and write ``benchmarks/results/speed-MODEL.json``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = random_bundle(model, size, folder)
+        profile = profile_bundle(bundle, backend="onnxruntime", threads=threads, steps=steps)
+        engine = load_engine(bundle, threads=threads)
+        pairs = _loops(bundle, engine, steps)
+    result = {
+        "machine": machine(),
+        "weights": "random",
+        "profile": profile.as_dict(),
+        "bare_steps_per_s": [round(bare, 3) for bare, _ in pairs],
+        "run_frames_per_s": [round(run, 3) for _, run in pairs],
+        "run_over_bare": round(float(np.median([run / bare for bare, run in pairs])), 4),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"speed-{model}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def _loops(bundle: Bundle, engine: Engine, steps: int) -> list[tuple[float, float]]:
+    """Bare loop and ``run`` in turn, five times."""
+    return [(bare_loop(bundle, engine, steps), run_loop(bundle, engine, steps)) for _ in range(5)]
+
+
+if __name__ == "__main__":
+    typer.run(main)
