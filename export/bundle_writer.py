@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,30 +70,71 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     model = load_checkpoint(request.checkpoint, request.model)
     model = at_image_size(model, request.image_size or model.config.image_size)
     presets, default = _presets(model, request)
+    target = Path(os.path.realpath(request.output))  # of a link, what it points to
+    _check_replaceable(target)
+    with _partial_folder(target) as folder:
+        try:
+            parity = _fill(model, request, folder, presets, default, report)
+            replace_folder(folder, target)
+        except OSError as error:
+            raise SinkError(f"{request.output} cannot be written: {error}. Nothing was changed.") from error
+    return parity
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, removed at the end; those of exports that were killed are removed first.
+
+    It is locked as long as this process lives, which tells it from one that was left behind.
+    """
+    prefix = f".{target.name}.partial-"
     try:
-        request.output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(mkdtemp(prefix=f".{request.output.name}.partial-", dir=request.output.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{prefix}*"):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        folder = Path(mkdtemp(prefix=prefix, dir=target.parent))
     except OSError as error:
-        raise SinkError(f"{request.output} cannot be written: {error.strerror}. Choose another folder.") from error
+        raise SinkError(f"{target} cannot be written: {error.strerror}. Choose another folder.") from error
+    lock = _lock(folder)
     try:
-        parity = _fill(model, request, folder, presets, default, report)
-        replace_folder(folder, request.output)
-    except OSError as error:
-        raise SinkError(f"{request.output} cannot be written: {error}. Nothing was changed.") from error
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return parity
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process holds it, or there are no locks here."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _presets(model: VppEo, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
     count, stages = model.patch_count, model.config.stages
     if request.selection is Selection.NONE:
         return {"1.00": (count,) * stages}, "1.00"
-    presets = {f"{ratio:.2f}": token_budget(count, ratio) for ratio in PRESET_RATIOS}
+    presets = {_preset_name(ratio): token_budget(count, ratio) for ratio in PRESET_RATIOS}
     if request.budget is not None:
         return {**presets, "custom": validate_budget(request.budget, count, stages)}, "custom"
-    default = f"{request.keep_ratio:.2f}"
+    default = _preset_name(request.keep_ratio)
     return {**presets, default: token_budget(count, request.keep_ratio)}, default
+
+
+def _preset_name(keep_ratio: float) -> str:
+    """The ratio in two decimals, in more where two are not enough: 0.554 is not the preset 0.55."""
+    short = f"{keep_ratio:.2f}"
+    return short if float(short) == keep_ratio else str(keep_ratio)
 
 
 def _fill(
@@ -177,26 +220,38 @@ def _manifest(
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put ``source`` in the place of ``target``, which may exist; at every moment one of the two is there.
+    """Put ``source`` in the place of ``target``, which may exist.
 
-    Linux exchanges two folders in one step (renameat2 with RENAME_EXCHANGE). Where that is not to be had, the old
-    folder is moved aside first.
+    Linux exchanges the two in one step (renameat2 with RENAME_EXCHANGE), so that at every moment one of them is there;
+    the older bundle is then at ``source``. On a file system without that, the older one is moved aside for a moment;
+    a process killed in that moment leaves it as ``.NAME.old``.
 
     Raises:
         SinkError: ``target`` holds something that is no bundle.
-        OSError: The file system refused.
+        OSError: The file system refused; ``target`` is what it was.
     """
     source.chmod(0o755)  # mkdtemp made it private
+    _check_replaceable(target)
+    aside = target.with_name(f".{target.name}.old")
     if not target.exists():
         source.rename(target)
+    elif not _exchange(source, target):
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        try:
+            source.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse a target that exists and is neither a bundle nor an empty folder."""
+    if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_FILE).is_file()):
         raise SinkError(f"{target} exists and is no bundle; it was left alone. Choose another folder.")
-    if not _exchange(source, target):
-        aside = target.with_name(f".{target.name}.old")
-        target.rename(aside)
-        source.rename(target)
-        aside.rename(source)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -44,9 +44,9 @@ def build_rtx_plan(
     log = _error_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)
-    _parse(trt, network, log, path)
     config = builder.create_builder_config()
     _set_compute_capabilities(trt, config, compute_capabilities)
+    _parse(trt, network, log, path)
     for budget in checked:
         config.add_optimization_profile(_profile(builder, graph, budget))
     plan = builder.build_serialized_network(network, config)

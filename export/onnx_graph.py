@@ -82,7 +82,8 @@ def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DE
     shapes = (batch_axis, tuple(batch_axis for _ in state), None)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for name in ("torch.onnx", "onnx_ir", "onnxscript"):  # and so do they
+            logging.getLogger(name).setLevel(logging.ERROR)
         program = torch.onnx.export(
             GraphStep(model, interface).eval(),
             (image, state, budget),

@@ -58,7 +58,11 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleIntegrityError(f"{path} is not text: {error}. Export the bundle again.") from error
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected)
-    return Bundle(folder, manifest, _read_arrays(folder / INITIAL_STATE_FILE))
+    initial_state = _read_arrays(folder / INITIAL_STATE_FILE) if INITIAL_STATE_FILE in manifest.files else {}
+    for graph in (manifest.graph, manifest.baseline):
+        if graph is not None:
+            _check_initial_state(path, graph, initial_state)
+    return Bundle(folder, manifest, initial_state)
 
 
 def file_sha256(path: Path) -> str:
@@ -82,7 +86,18 @@ def _check_file(path: Path, expected: str) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    if not path.exists():
-        return {}
     with np.load(path, allow_pickle=False) as content:
         return {name: content[name] for name in content.files}
+
+
+def _check_initial_state(path: Path, graph: GraphSpec, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Every state that starts from a file has its row there."""
+    for pair in graph.state:
+        if pair.initial == "file":
+            spec, row = graph.input(pair.input), arrays.get(pair.input)
+            if row is None or (row.dtype.name, row.shape) != (spec.dtype, spec.shape_for(1)[1:]):
+                got = "nothing" if row is None else f"{row.dtype} {list(row.shape)}"
+                raise BundleIntegrityError(
+                    f"{path}: {pair.input} of {graph.file} starts from {INITIAL_STATE_FILE}, which has {got} for it "
+                    f"instead of {spec.dtype} {list(spec.shape[1:])}. Export the bundle again."
+                )

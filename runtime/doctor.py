@@ -67,7 +67,8 @@ def _onnxruntime() -> Iterator[Finding]:
     try:
         import onnxruntime
     except ImportError as error:
-        yield Finding("missing", "backend onnxruntime", f"{error}. pip install '.[cpu]' or '.[gpu]'")
+        yield Finding("missing", "backend onnxruntime", f"{error}. pip install '.[cpu]'")
+        yield Finding("missing", "backend onnxruntime-cuda", f"{error}. pip install '.[gpu]'")
         return
     for name, provider in (("onnxruntime", "CPUExecutionProvider"), ("onnxruntime-cuda", "CUDAExecutionProvider")):
         yield _try_provider(onnxruntime, name, provider)
@@ -95,17 +96,18 @@ def _tensorrt(module: str) -> Finding:
         return Finding("missing", module, "not installed; engines are not needed to run on ONNX Runtime")
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # TensorRT's bindings raise OSError where its libraries are not found
         return Finding("problem", module, f"installed, but does not load: {error}")
     return Finding("ok", module, f"{found.__version__}: graphs can be parsed and engines built")
 
 
 def _opencv() -> Finding:
-    found = importlib.util.find_spec("cv2")
-    if found is None:
+    if importlib.util.find_spec("cv2") is None:
         return Finding("missing", "cv2", "only webcams by number, GStreamer pipelines and the live window need it")
-    import cv2
-
+    try:
+        import cv2
+    except Exception as error:  # libGL is missing, or numpy has another major version
+        return Finding("problem", "cv2", f"installed, but does not load: {error}")
     gstreamer = any("GStreamer" in line and "YES" in line for line in cv2.getBuildInformation().splitlines())
     return Finding("ok", "cv2", f"{cv2.__version__}, GStreamer {'yes' if gstreamer else 'no'}")
 

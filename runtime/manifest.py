@@ -15,6 +15,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 Count = Annotated[int, Field(ge=1)]
+Channel = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DType = Literal["uint8", "int64", "bool", "float32", "float16", "bfloat16"]
 
@@ -125,13 +126,13 @@ class Manifest(_Strict):
         files: SHA-256 of every other file of the bundle.
     """
 
-    schema_version: int
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)]
     task: Literal["video-instance-segmentation"]
     classes: tuple[str, ...] = Field(min_length=1)
     image_size: tuple[Count, Count]
     patch_size: Count
     patch_grid: tuple[Count, Count]
-    pad_value: tuple[int, int, int]
+    pad_value: tuple[Channel, Channel, Channel]
     normalisation: dict[Literal["mean", "std"], tuple[float, float, float]]
     stages: Count
     presets: dict[str, tuple[int, ...]]
@@ -163,9 +164,12 @@ class Manifest(_Strict):
                 validate_budget(budget, self.patch_count, self.stages)
             except TokenBudgetError as error:
                 raise ValueError(f"preset {name}: {error}") from error
+        image = TensorSpec(name="image", dtype="uint8", shape=("batch", *self.image_size, 3))
         for spec in (self.graph, self.baseline):
             if spec is not None and spec.file not in self.files:
                 raise ValueError(f"{spec.file} has no hash under files")
+            if spec is not None and image not in spec.inputs:
+                raise ValueError(f"{spec.file} has no input image that is uint8 {list(image.shape)}")
         return self
 
 

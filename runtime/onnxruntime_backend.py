@@ -141,11 +141,19 @@ class OnnxRuntimeBuffers:
         return {name: np.array(value.numpy()) for name, value in self._sets[self._current].items()}
 
     def set_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Overwrite the current state."""
+        """Overwrite the current state.
+
+        Raises:
+            ValueError: A value has another shape or dtype than its input; the values before it are written.
+        """
         for name, value in state.items():
             self._write(name, np.ascontiguousarray(value))
 
     def _write(self, name: str, value: NDArray[np.generic]) -> None:
+        spec = self._graph.input(name)
+        want = spec.dtype, spec.shape_for(self._batch)
+        if (value.dtype.name, value.shape) != want:  # ONNX Runtime would copy the bytes of another dtype
+            raise ValueError(f"{name} is {want[0]} {list(want[1])}, got {value.dtype} {list(value.shape)}")
         self._sets[self._current][name].update_inplace(value)
 
 

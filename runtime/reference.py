@@ -49,7 +49,7 @@ def verify_engine(bundle: Bundle, engine: Engine, tolerance: float = 1e-4) -> Ve
         ExportMismatchError: A difference beyond the tolerance, or no frame that could be compared.
     """
     path = bundle.folder / REFERENCE_FILE
-    if not path.is_file():
+    if REFERENCE_FILE not in bundle.manifest.files or not path.is_file():
         raise BundleError(f"{path} is missing, so there is nothing to verify against. Export the bundle again.")
     with np.load(path, allow_pickle=False) as file:
         reference = {name: file[name] for name in file.files}

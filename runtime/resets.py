@@ -90,7 +90,10 @@ class ResetDetector:
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Means of 9 x 16 cells (fewer if the image is tiny) over every fourth pixel, minus the mean of each colour."""
     samples = image[::4, ::4].astype(np.float32)
-    edges = [np.linspace(0, side, min(side, cells) + 1).astype(np.intp) for side, cells in zip(samples.shape, _CELLS, strict=False)]
+    edges = [
+        np.linspace(0, side, min(side, cells) + 1).astype(np.intp)
+        for side, cells in zip(samples.shape, _CELLS, strict=False)
+    ]
     for axis, edge in enumerate(edges):
         samples = np.add.reduceat(samples, edge[:-1], axis=axis)
     counts = np.outer(np.diff(edges[0]), np.diff(edges[1]))

@@ -109,7 +109,7 @@ class Stream:
         frame = self._as_frame(frame, timestamp_s)
         arrived = time.perf_counter()
         letterbox = self._fit(frame, self._buffers.image[0])
-        content = letterbox.content(self._buffers.image[0])
+        content = _content(self._buffers.image[0], letterbox)
         reason = self._detector.check(content, frame.timestamp_s, frame.discontinuity)
         if reason is not None:
             self._drop_prior(reason)
@@ -186,11 +186,18 @@ class Stream:
 
 
 def _check_picture(picture: object) -> None:
-    is_array = isinstance(picture, np.ndarray)
-    if is_array and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
-        return
-    got = f"{picture.dtype} {list(picture.shape)}" if is_array else type(picture).__name__
+    got = type(picture).__name__
+    if isinstance(picture, np.ndarray):
+        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
+            return
+        got = f"{picture.dtype} {list(picture.shape)}"
     raise FrameShapeError(f"a frame is uint8 [height, width, 3], RGB; got {got}. The prior is unchanged.")
+
+
+def _content(image: NDArray[np.uint8], letterbox: Letterbox) -> NDArray[np.uint8]:
+    """The picture without the letterbox's border."""
+    top, left = letterbox.top, letterbox.left
+    return image[top : top + letterbox.content_height, left : left + letterbox.content_width]
 
 
 def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: float | None) -> tuple[int, ...]:

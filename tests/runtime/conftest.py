@@ -1,0 +1,100 @@
+"""The micro bundle loaded, and engines that fail on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from runtime.backend import Engine, load_engine
+from runtime.bundle import Bundle, load_bundle
+from runtime.errors import StepError
+from runtime.manifest import TrackerSettings
+
+
+@pytest.fixture(scope="session")
+def micro(micro_bundle: Path) -> Bundle:
+    """The micro bundle, whose random weights are sure of nothing: with these limits every query shows an object."""
+    bundle = load_bundle(micro_bundle)
+    tracker = TrackerSettings(start_score=0.0, keep_score=0.0, duplicate_iou=1.0)
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"tracker": tracker}))
+
+
+@pytest.fixture(scope="session")
+def micro_engine(micro: Bundle) -> Engine:
+    """The micro bundle's graph on one thread; streams may share it."""
+    return load_engine(micro, threads=1)
+
+
+class FaultyBuffers:
+    """Real buffers around which each step takes the next fault from a list: None, ``"fail"`` or ``"not ok"``."""
+
+    def __init__(self, buffers: Any, faults: deque[str | None]) -> None:
+        self._buffers, self._faults = buffers, faults
+        self.image = buffers.image
+        self.budgets: list[tuple[int, ...] | None] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffers, name)
+
+    def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
+        self.budgets.append(token_budget)
+        fault = self._faults.popleft() if self._faults else None
+        if fault == "fail":
+            raise StepError("the device is gone")
+        outputs = self._buffers.run(token_budget)
+        return outputs if fault is None else {**outputs, "state_ok": np.array([False])}
+
+
+class FaultyEngine:
+    """An engine that fails where it is told to."""
+
+    def __init__(self, engine: Engine, faults: list[str | None]) -> None:
+        self.report, self.graph = engine.report, engine.graph
+        self._engine, self._faults = engine, deque(faults)
+
+    def open_stream(self, batch: int = 1) -> FaultyBuffers:
+        return FaultyBuffers(self._engine.open_stream(batch), self._faults)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty_engine(micro_engine: Engine) -> Callable[[list[str | None]], FaultyEngine]:
+    """``faulty_engine([None, "fail"])``: the first step works, the second fails, all others work."""
+    return lambda faults: FaultyEngine(micro_engine, faults)
+
+
+@pytest.fixture
+def changed_bundle(micro_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``changed_bundle(**fields)``: a copy with other fields in its manifest.
+
+    ``changed_bundle.rehash(folder)`` makes the hashes fit again after a file was changed.
+    """
+
+    def make(**fields: object) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(micro_bundle, folder)
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        return folder
+
+    def rehash(folder: Path) -> Path:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+        path.write_text(json.dumps(manifest))
+        return folder
+
+    make.rehash = rehash  # type: ignore[attr-defined]
+    return make
