@@ -110,11 +110,11 @@ def export(
         task = progress.add_task("export", total=None)
         parity = export_bundle(request, lambda text: progress.update(task, description=text))
     for name, result in parity.items():
-        console.print(
+        _say(
             f"{name}: {len(result.frames)} frames agree with torch within {result.worst:.1e}"
             + (f", {result.near_ties} near-ties" if result.near_ties else "")
         )
-    console.print(f"bundle written: {output}")
+    _say(f"bundle written: {output}")
 
 
 @app.command(epilog="Example: deploy.py run nano --source street.mp4 --output out.mp4 --results out.json")
@@ -172,18 +172,18 @@ def run(
         stack.enter_context(_interrupt_on_sigterm())
         summary = run_stream(opened, stream, sinks, lambda result: progress.advance(task))
     resets = ", ".join(f"{count} x {reason}" for reason, count in summary.resets.items())
-    console.print(
+    _say(
         f"{summary.frames} frames in {summary.wall_s:.1f} s ({summary.frames_per_second:.1f} per second, "
         f"step {summary.step_ms / max(summary.frames, 1):.1f} ms mean), {summary.tracks} objects, "
         f"without a prior: {resets or 'none'}"
     )
     if summary.source and (summary.source.frames_dropped or summary.source.reconnects or summary.source.decode_errors):
-        console.print(f"source: {summary.source}")
+        _say(f"source: {summary.source}")
     if summary.interrupted:
-        console.print("interrupted; what was written is complete up to here")
+        _say("interrupted; what was written is complete up to here")
     for path in (output, results, json_lines):
         if path:
-            console.print(f"written: {path}")
+            _say(f"written: {path}")
     if summary.lost is not None:
         raise summary.lost
 
@@ -207,7 +207,7 @@ def verify(
     for name, difference in result.worst.items():
         table.add_row(name, f"{difference:.1e}")
     console.print(table)
-    console.print(
+    _say(
         f"{len(result.frames)} frames agree within {tolerance:.0e} on {engine.report}"
         + (f"; {result.skipped} frames with {result.near_ties} near-ties were not compared" if result.skipped else "")
     )
@@ -227,10 +227,10 @@ def inspect(
         return
     height, width = manifest.image_size
     rows, columns = manifest.patch_grid
-    console.print(f"[b]{manifest.origin.model}[/b], {manifest.task}, {manifest.precision}, opset {manifest.opset}")
-    console.print(f"image {height} x {width} (height x width), {rows} x {columns} = {manifest.patch_count} patches")
-    console.print(f"classes: {', '.join(manifest.classes)}")
-    console.print(f"from {manifest.origin.checkpoint}, weights {manifest.origin.weights_sha256[:16]}")
+    _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}, opset {manifest.opset}")
+    _say(f"image {height} x {width} (height x width), {rows} x {columns} = {manifest.patch_count} patches")
+    _say(f"classes: {', '.join(manifest.classes)}")
+    _say(f"from {manifest.origin.checkpoint}, weights {manifest.origin.weights_sha256[:16]}")
     tensors = _table("tensor", "dtype", "shape", "state")
     partner = {pair.input: f"from {pair.output}" for pair in manifest.graph.state}
     partner |= {pair.output: f"to {pair.input}" for pair in manifest.graph.state}
@@ -283,7 +283,7 @@ def profile(
 
 
 def _print_profile(result: Profile) -> None:
-    console.print(f"{result.engine}, {result.image_size[0]} x {result.image_size[1]}, {result.steps} steps a row")
+    _say(f"{result.engine}, {result.image_size[0]} x {result.image_size[1]}, {result.steps} steps a row")
     table = _table("", "tokens kept", "p50 ms", "p90 ms", "p99 ms", "speed-up")
     for row in result.rows:
         tokens = "all, no selection" if row.token_budget is None else " / ".join(map(str, row.token_budget))
@@ -291,7 +291,7 @@ def _print_profile(result: Profile) -> None:
         table.add_row(row.name, tokens, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.p99_ms:.1f}", speed_up)
     console.print(table)
     parts = ", ".join(f"{name} {value:.1f} ms" for name, value in result.stages_ms.items())
-    console.print(f"pipeline at the default budget, median: {parts}")
+    _say(f"pipeline at the default budget, median: {parts}")
 
 
 @app.command(epilog="Example: deploy.py doctor")
@@ -314,6 +314,11 @@ def _counts(text: str | None) -> tuple[int, ...] | None:
         raise TokenBudgetError(
             f"token budget {text!r}: every count is an integer, separated by commas, e.g. 1428,1142,913,730."
         ) from error
+
+
+def _say(text: str) -> None:
+    """Print one line as it is: a path or a class name may hold brackets, and a pipe wants no line breaks."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
+from numbers import Integral, Real
 
 from runtime.errors import TokenBudgetError
 
@@ -30,7 +32,7 @@ def stage_ratios(keep_ratio: float) -> tuple[float, ...]:
     >>> stage_ratios(0.2)
     (0.3, 0.21, 0.147, 0.103)
     """
-    if not (isinstance(keep_ratio, (int, float)) and 0.0 < keep_ratio <= 1.0):  # NaN fails the comparison
+    if not (isinstance(keep_ratio, Real) and 0.0 < keep_ratio <= 1.0):  # NaN fails the comparison
         raise TokenBudgetError(
             f"keep ratio is {keep_ratio}, allowed is a number in (0, 1]. Usual values are 0.40, 0.55 and 1.0 (dense)."
         )
@@ -55,7 +57,8 @@ def token_budget(patch_count: int, keep_ratio: float) -> tuple[int, ...]:
     >>> token_budget(2040, 0.55), token_budget(2040, 1.0), token_budget(2, 0.1)
     ((1428, 1142, 913, 730), (2040, 2040, 2040, 2040), (1, 1, 1, 1))
     """
-    return tuple(max(1, math.floor(patch_count * ratio)) for ratio in stage_ratios(keep_ratio))
+    counts = (max(1, math.floor(patch_count * ratio)) for ratio in stage_ratios(keep_ratio))
+    return tuple(accumulate(counts, min))  # rounding in the ratios must not undo the nesting
 
 
 def reset_budget(budget: Sequence[int], patch_count: int) -> tuple[int, ...]:
@@ -77,7 +80,7 @@ def validate_budget(budget: Sequence[int], patch_count: int, stages: int) -> tup
             f"Give {stages} counts, for example {_example(patch_count, stages)}."
         )
     for stage, count in enumerate(budget):
-        if isinstance(count, bool) or count != count or int(count) != count:
+        if not _is_whole(count):
             raise TokenBudgetError(f"token budget {shown}: {count} at stage {stage} is not an integer.")
         if not 1 <= count <= patch_count:
             raise TokenBudgetError(
@@ -91,6 +94,13 @@ def validate_budget(budget: Sequence[int], patch_count: int, stages: int) -> tup
                 f"stage {stage - 1}. Stages are nested: no count may be larger than the one before."
             )
     return counts
+
+
+def _is_whole(count: object) -> bool:
+    """An integer, or a number with an integer's value; True and False count as neither."""
+    if isinstance(count, Integral):
+        return not isinstance(count, bool)
+    return isinstance(count, Real) and math.isfinite(count) and float(count).is_integer()
 
 
 def _example(patch_count: int, stages: int) -> str:

@@ -269,6 +269,7 @@ def train(recipe: Recipe, folder: Path, save_every_s: float = 120.0) -> VppEo:
     data = YouTubeVis(Path(recipe.data))
     model = _start(recipe, data.classes)
     folder.mkdir(parents=True, exist_ok=True)
+    _check_same_recipe(recipe, folder)
     trainer = Trainer(recipe, model.train(), folder)
     if trainer.restore():
         typer.echo(f"going on from step {trainer.step}", err=True)
@@ -293,6 +294,24 @@ def train(recipe: Recipe, folder: Path, save_every_s: float = 120.0) -> VppEo:
                 saved = time.monotonic()
     trainer.save()
     return trainer.model
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run of another recipe; only its number of steps may change.
+
+    Raises:
+        CheckpointError: The folder holds a run that something else decided.
+    """
+    path = folder / "recipe.json"
+    if not (folder / "resume.pt").exists() or not path.exists():
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(asdict(recipe)))
+    other = [f"{name}: {before.get(name)} instead of {now[name]}" for name in now if before.get(name) != now[name]]
+    if other := [line for line in other if not line.startswith("steps:")]:
+        raise CheckpointError(
+            f"{folder} holds a run with another recipe ({'; '.join(other)}). Choose another --output, or ask for the "
+            "same recipe to go on with it."
+        )
 
 
 def _start(recipe: Recipe, classes: tuple[str, ...]) -> VppEo:

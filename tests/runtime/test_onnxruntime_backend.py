@@ -110,14 +110,14 @@ def test_memory_is_allocated_once(buffers, drifting_frames):
     assert states[0] == states[2] == states[4] and states[1] == states[3] == states[5]
     assert not set(states[0].values()) & set(states[1].values())
 
-    smallest = min(value.nbytes for value in buffers.state().values() if value.nbytes > 1000)
+    assert buffers.image.nbytes > buffers.state()["prior.keys"].nbytes > 10_000
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(10):
             buffers.run(BUDGETS[1])
             buffers.commit()
-        assert tracemalloc.get_traced_memory()[1] - before < smallest
+        assert tracemalloc.get_traced_memory()[1] - before < 5_000
     finally:
         tracemalloc.stop()
 
