@@ -224,7 +224,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
     Linux exchanges the two in one step (renameat2 with RENAME_EXCHANGE), so that at every moment one of them is there;
     the older bundle is then at ``source``. On a file system without that, the older one is moved aside for a moment;
-    a process killed in that moment leaves it as ``.NAME.old``.
+    a process killed in that moment leaves it as ``.NAME.older-bundle``.
 
     Raises:
         SinkError: ``target`` holds something that is no bundle.
@@ -232,7 +232,7 @@ def replace_folder(source: Path, target: Path) -> None:
     """
     source.chmod(0o755)  # mkdtemp made it private
     _check_replaceable(target)
-    aside = target.with_name(f".{target.name}.old")
+    aside = target.with_name(f".{target.name}.older-bundle")
     if not target.exists():
         source.rename(target)
     elif not _exchange(source, target):

@@ -155,7 +155,7 @@ class Manifest(_Strict):
         rows, columns = self.patch_grid
         if (rows * self.patch_size, columns * self.patch_size) != self.image_size:
             raise ValueError(
-                f"patch grid {self.patch_grid} x {self.patch_size} is not the image size {self.image_size}"
+                f"patch grid {self.patch_grid} x patch size {self.patch_size} is not the image size {self.image_size}"
             )
         if self.default_preset not in self.presets:
             raise ValueError(f"default preset {self.default_preset} is none of {', '.join(self.presets)}")

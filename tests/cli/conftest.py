@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -111,6 +112,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory, make_clip: Callable[..., Path
 def own_bundle(micro_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the micro bundle, to change."""
     return Path(shutil.copytree(micro_bundle, tmp_path / "own-bundle"))
+
+
+@pytest.fixture(scope="session")
+def eager_bundle(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro bundle, whose random network is never sure, with a tracker that shows all the same."""
+    bundle = Path(shutil.copytree(micro_bundle, tmp_path_factory.mktemp("eager") / "eager-bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["tracker"] |= {"start_score": 0.05, "keep_score": 0.02}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def frames_in(folder: Path) -> int:
     lines = [json.loads(line) for line in (folder / "l.jsonl").read_text().splitlines()]
     assert [line["frame_index"] for line in lines] == list(range(len(lines)))
     tracks = json.loads((folder / "r.json").read_text())
-    assert {len(track["segmentations"]) for track in tracks} <= {len(lines)}
+    assert {len(track["segmentations"]) for track in tracks} == {len(lines)}
     with av.open(str(folder / "o.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == len(lines)
     return len(lines)
@@ -49,8 +49,8 @@ def start(cli_process, bundle: Path, clip: Path, folder: Path, *options: object)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_interrupted_run_leaves_complete_files(cli_process, micro_bundle, long_clip, tmp_path, number):
-    process = start(cli_process, micro_bundle, long_clip, tmp_path)
+def test_interrupted_run_leaves_complete_files(cli_process, eager_bundle, long_clip, tmp_path, number):
+    process = start(cli_process, eager_bundle, long_clip, tmp_path)
     wait_for_lines(tmp_path, 20, process)
     process.send_signal(number)
     sent = time.monotonic()
@@ -66,9 +66,9 @@ def test_interrupted_run_leaves_complete_files(cli_process, micro_bundle, long_c
     assert took < SOON_S
 
 
-def test_impatient_second_signal_does_not_break_the_files(cli_process, micro_bundle, long_clip, tmp_path):
+def test_impatient_second_signal_does_not_break_the_files(cli_process, eager_bundle, long_clip, tmp_path):
     """SIGINT again and again while the files are being finished: complete files, or none; never a broken one."""
-    process = start(cli_process, micro_bundle, long_clip, tmp_path)
+    process = start(cli_process, eager_bundle, long_clip, tmp_path)
     wait_for_lines(tmp_path, 20, process)
     for _ in range(3):
         process.send_signal(signal.SIGINT)
@@ -83,10 +83,10 @@ def test_impatient_second_signal_does_not_break_the_files(cli_process, micro_bun
     assert "Traceback" not in err
 
 
-def test_killed_run_leaves_the_older_files(cli_process, micro_bundle, long_clip, tmp_path):
+def test_killed_run_leaves_the_older_files(cli_process, eager_bundle, long_clip, tmp_path):
     for name in ("o.mp4", "r.json", "l.jsonl"):
         (tmp_path / name).write_text("older")
-    process = start(cli_process, micro_bundle, long_clip, tmp_path)
+    process = start(cli_process, eager_bundle, long_clip, tmp_path)
     wait_for_lines(tmp_path, 5, process)
     process.kill()
     process.communicate()

@@ -78,7 +78,9 @@ def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A Python process that is killed at the end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
         yield process
     finally:
@@ -256,7 +258,7 @@ def test_exchange_works_here(micro_bundle, tmp_path):
 def test_fallback_replaces_and_leaves_nothing(no_exchange, micro_bundle, tmp_path, stale):
     source, target = with_opset(micro_bundle, tmp_path / "new", 18), with_opset(micro_bundle, tmp_path / "bundle", 19)
     if stale:
-        shutil.copytree(micro_bundle, tmp_path / ".bundle.old")
+        shutil.copytree(micro_bundle, tmp_path / ".bundle.older-bundle")
     replace_folder(source, target)
     assert opset(target) == 18
     assert left_in(tmp_path) == ["bundle"]

@@ -92,7 +92,9 @@ def changed_bundle(micro_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
     def rehash(folder: Path) -> Path:
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
-        manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+        manifest["files"] = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]
+        }
         path.write_text(json.dumps(manifest))
         return folder
 

@@ -22,7 +22,9 @@ def copy(changed_bundle) -> Path:
 
 def test_bundle_says_what_it_is(micro_bundle):
     bundle = load_bundle(micro_bundle)
-    assert sorted(bundle.manifest.files) == FILES == sorted(p.name for p in micro_bundle.iterdir() if p.suffix != ".json")
+    assert (
+        sorted(bundle.manifest.files) == FILES == sorted(p.name for p in micro_bundle.iterdir() if p.suffix != ".json")
+    )
     assert bundle.path(bundle.manifest.graph) == micro_bundle / "model.onnx"
     queries = bundle.initial_row(bundle.manifest.graph, "prior.queries")
     assert queries is not None and ("batch", *queries.shape) == bundle.manifest.graph.input("prior.queries").shape
@@ -107,7 +109,7 @@ def test_unknown_field_is_named(changed_bundle):
 
 def test_newer_schema_says_what_to_do(changed_bundle):
     """Even where the newer manifest has fields that this version has never heard of."""
-    with pytest.raises(BundleSchemaError, match="schema version 2, this program reads up to 1.*Update the program"):
+    with pytest.raises(BundleSchemaError, match=r"schema version 2, this program reads up to 1.*Update the program"):
         load_bundle(changed_bundle(schema_version=2, frobnication=3))
 
 
@@ -121,7 +123,9 @@ def test_initial_state_without_a_hash_is_not_read(copy):
     manifest = json.loads(path.read_text())
     del manifest["files"]["initial_state.npz"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(BundleIntegrityError, match=r"prior\.queries of model\.onnx starts from initial_state\.npz.*nothing"):
+    with pytest.raises(
+        BundleIntegrityError, match=r"prior\.queries of model\.onnx starts from initial_state\.npz.*nothing"
+    ):
         load_bundle(copy)
 
 

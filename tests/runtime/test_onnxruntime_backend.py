@@ -247,7 +247,9 @@ def test_unknown_backend_names_those_there_are(micro):
 
 def test_cuda_that_is_not_built_in_says_how_to_get_it(micro, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendUnavailableError, match="has no CUDAExecutionProvider, only CPU.*pip install onnxruntime-gpu"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"has no CUDAExecutionProvider, only CPU.*pip install onnxruntime-gpu"
+    ):
         load_engine(micro, backend="onnxruntime-cuda")
 
 
@@ -260,13 +262,13 @@ def test_cuda_that_is_listed_but_does_not_load_is_no_silent_cpu(micro, monkeypat
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", OnCpu)
-    with pytest.raises(BackendUnavailableError, match="listed but could not be loaded here.*onnxruntime-gpu"):
+    with pytest.raises(BackendUnavailableError, match=r"listed but could not be loaded here.*onnxruntime-gpu"):
         load_engine(micro, backend="onnxruntime-cuda")
 
 
 def test_onnxruntime_that_is_not_installed_says_how_to_get_it(micro, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendUnavailableError, match="not installed.*pip install onnxruntime"):
+    with pytest.raises(BackendUnavailableError, match=r"not installed.*pip install onnxruntime"):
         load_engine(micro)
 
 

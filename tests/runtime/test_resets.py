@@ -130,7 +130,9 @@ def test_same_cut_at_any_size(canvas):
     """Pictures of a third and of three times the size; the smallest model input has fewer samples than cells."""
     for scale in (3, 1):
         for enlarge in (1, 3):
-            shots = [view(canvas, left)[::scale, ::scale].repeat(enlarge, 0).repeat(enlarge, 1) for left in (0, 4, 2000)]
+            shots = [
+                view(canvas, left)[::scale, ::scale].repeat(enlarge, 0).repeat(enlarge, 1) for left in (0, 4, 2000)
+            ]
             assert cuts(shots) == [2], (scale, enlarge)
 
 

@@ -138,7 +138,9 @@ def test_objects_come_in_pixels_of_the_source(micro, micro_engine, drifting_fram
     assert objects.masks.shape == (len(objects), 75, 50) and objects.masks.dtype == bool
     for mask, (x1, y1, x2, y2) in zip(objects.masks, objects.boxes.astype(int), strict=True):
         assert mask[y1:y2, x1:x2].sum() == mask.sum() > 0
-        assert mask[y1:y2, x1].any() and mask[y1:y2, x2 - 1].any() and mask[y1, x1:x2].any() and mask[y2 - 1, x1:x2].any()
+        assert (
+            mask[y1:y2, x1].any() and mask[y1:y2, x2 - 1].any() and mask[y1, x1:x2].any() and mask[y2 - 1, x1:x2].any()
+        )
     assert ((objects.scores >= 0) & (objects.scores <= 1)).all()
 
 
@@ -176,7 +178,9 @@ def test_longest_gap_is_a_setting(micro, micro_engine, drifting_frames):
 
 
 def test_source_says_that_a_frame_does_not_continue(stream, drifting_frames):
-    frames = [Frame(picture, 10 + t, t / 30, "reconnect" if t == 1 else None) for t, picture in enumerate(drifting_frames(3))]
+    frames = [
+        Frame(picture, 10 + t, t / 30, "reconnect" if t == 1 else None) for t, picture in enumerate(drifting_frames(3))
+    ]
     results = [stream.step(frame) for frame in frames]
     assert [result.reset_reason for result in results] == ["first frame", "reconnect", None]
     assert [result.frame_index for result in results] == [10, 11, 12]
