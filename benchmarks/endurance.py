@@ -36,6 +36,7 @@ class Watch:
     memory_mib: list[float] = field(default_factory=list)
 
     def __call__(self, result: FrameResult) -> None:
+        """Take one result."""
         objects = result.instances
         for array in (result.kept_stages, objects.track_ids, objects.labels, objects.scores, objects.masks):
             self.digest.update(array.tobytes())

@@ -56,7 +56,9 @@ class GraphStep(nn.Module):
         super().__init__()
         self.model, self.interface = model, interface
 
-    def forward(self, image: Tensor, state: tuple[Tensor, ...], token_budget: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        self, image: Tensor, state: tuple[Tensor, ...], token_budget: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Run one step; ``state`` holds the fields of the interface, in its order."""
         full = self.model.initial_state(1)._replace(**dict(zip(self.interface.state, state, strict=True)))
         outputs, next_state = self.model(image, full, token_budget, self.interface.selection)
@@ -79,14 +81,15 @@ def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DE
     batch = 1 if selection is Selection.THRESHOLD else 2
     image, state, budget = example_inputs(model, interface, batch)
     batch_axis = None if selection is Selection.THRESHOLD else {0: torch.export.Dim("batch", min=1, max=64)}
-    shapes = (batch_axis, tuple(batch_axis for _ in state), None)
+    arguments = (image, state) if budget is None else (image, state, budget)  # the exporter counts a None as an input
+    shapes = (batch_axis, tuple(batch_axis for _ in state), None)[: len(arguments)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         for name in ("torch.onnx", "onnx_ir", "onnxscript"):  # and so do they
             logging.getLogger(name).setLevel(logging.ERROR)
         program = torch.onnx.export(
             GraphStep(model, interface).eval(),
-            (image, state, budget),
+            arguments,
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=shapes,

@@ -144,7 +144,7 @@ def test_names_dtypes_and_axes_are_those_of_the_manifest(bundle, which):
                 batch_names.add(axis)
             else:
                 assert axis == expected, value.name
-    assert len(batch_names) == 1, "all tensors share one batch axis"
+    assert batch_names == {"batch"}, "all tensors share one batch axis"
 
 
 def test_state_pairs_cover_all_state_inputs(bundle):

@@ -75,6 +75,11 @@ def test_every_cut_between_different_views_is_found(canvas):
     assert cuts(frames) == [4, 8, 12]
 
 
+def test_cut_between_dull_pictures_is_found(canvas):
+    dull = canvas // 3 + 80  # as different as the least different of 30 generated cuts
+    assert cuts([view(dull, 0), view(dull, 4), view(dull, 2000), view(dull, 2004)]) == [2]
+
+
 def test_cut_right_after_the_first_frame_is_found(canvas):
     assert cuts([view(canvas, 0), view(canvas, 2000), view(canvas, 2000)]) == [1]
 
