@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -40,7 +41,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console, log_console = Console(), Console(stderr=True)
+console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe or a file wants whole lines
+log_console = Console(stderr=True)
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder made by [b]export[/b].")]
 BackendOption = Annotated[
@@ -182,7 +184,7 @@ def run(
     if summary.interrupted:
         _say("interrupted; what was written is complete up to here")
     for path in (output, results, json_lines):
-        if path:
+        if path and (summary.frames or path is not output):
             _say(f"written: {path}")
     if summary.lost is not None:
         raise summary.lost

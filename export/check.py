@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.onnx_graph import STATE_NAMES, step_interface
+from export.onnx_graph import STATE_NAMES, budget_entries, step_interface
 from models.selection import gather_tokens
 from models.token_subset import TokenSubset
 from models.vpp_eo import Outputs, Selection, State, VppEo
@@ -126,8 +126,9 @@ def check_parity(
                 for name, value in _reference(*oracle.run(image, state, used, mode, forced), mode).items()
                 if name not in ("kept_stages", "tokens_kept")
             }
+        counted = used[: budget_entries(model, mode)]
         try:
-            parity.frames.append(compare_frame(got, want, scores, used, tolerance, tied))
+            parity.frames.append(compare_frame(got, want, scores, counted, tolerance, tied))
         except ExportMismatchError as error:
             raise ExportMismatchError(f"frame {index}, budget {used}: {error}") from error
         state = next_state

@@ -29,7 +29,7 @@ class PatchEmbed(nn.Module):
         """uint8 [B, H, W, 3], RGB -> float [B, N, C], row-major over the patch grid."""
         weight = self.proj.weight / (255.0 * self.std).view(1, 3, 1, 1)
         bias = self.proj.bias - (self.proj.weight * (self.mean / self.std).view(1, 3, 1, 1)).sum((1, 2, 3))
-        pixels = image.permute(0, 3, 1, 2).to(weight.dtype)  # [B, H, W, 3] -> [B, 3, H, W]
+        pixels = image.to(weight.dtype).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]; TensorRT moves no bytes
         x = F.conv2d(pixels, weight, bias, stride=self.proj.stride)
         return x.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, N, C]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,11 @@ def _check_file(path: Path, expected: str) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    with np.load(path, allow_pickle=False) as content:
-        return {name: content[name] for name in content.files}
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleIntegrityError(f"{path} cannot be read: {error}. Export the bundle again.") from error
 
 
 def _check_initial_state(path: Path, graph: GraphSpec, arrays: dict[str, NDArray[np.generic]]) -> None:

@@ -16,6 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 Count = Annotated[int, Field(ge=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # inside the bundle, never a path
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DType = Literal["uint8", "int64", "bool", "float32", "float16", "bfloat16"]
 
@@ -58,7 +59,7 @@ class GraphSpec(_Strict):
             the first stage; ``none``: no token is ever dropped.
     """
 
-    file: str
+    file: FileName
     selection: Literal["budget", "threshold", "none"]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -143,7 +144,7 @@ class Manifest(_Strict):
     precision: Literal["fp32", "fp16", "bf16"]
     opset: Count
     origin: Origin
-    files: dict[str, Sha256]
+    files: dict[FileName, Sha256]
 
     @property
     def patch_count(self) -> int:

@@ -116,8 +116,6 @@ class Stream:
         started = time.perf_counter()
         outputs = self._run(self._buffers, self.budget if reason is None else self._reset_budget)
         step_ms = (time.perf_counter() - started) * 1e3
-        if not bool(outputs["state_ok"][0]):
-            self._detector.note(NON_FINITE_STATE)
         result = self._result(frame, outputs, letterbox, reason, step_ms, (started - arrived) * 1e3)
         self._frames += 1
         return result
@@ -158,7 +156,10 @@ class Stream:
             self._detector.note(FAILED_STEP)
             self._frames += 1
             raise
-        buffers.commit()
+        if bool(outputs["state_ok"][0]):
+            buffers.commit()
+        else:
+            self._detector.note(NON_FINITE_STATE)
         return dict(outputs)
 
     def _result(

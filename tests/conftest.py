@@ -21,7 +21,7 @@ def _once(folder: Path, make: Callable[[Path], None]) -> Path:
     try:
         os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        for _ in range(2400):
+        for _ in range(8000):
             if folder.exists():
                 return folder
             time.sleep(0.1)

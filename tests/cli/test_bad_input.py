@@ -228,7 +228,6 @@ def test_manifest_that_is_none(bundle_fails, own_bundle, content):
     bundle_fails(own_bundle, "BundleIntegrityError", "manifest.json")
 
 
-@pytest.mark.xfail(strict=True, reason="runtime/manifest.py takes any path as the name of a file")
 def test_manifest_that_names_files_outside_the_bundle(bundle_fails, own_bundle, tmp_path):
     """A bundle from somebody else cannot make the program read another file of this machine as its graph."""
     manifest = json.loads((own_bundle / "manifest.json").read_text())
@@ -243,9 +242,7 @@ def test_manifest_that_names_files_outside_the_bundle(bundle_fails, own_bundle, 
     "file",
     [
         "model.onnx",
-        pytest.param(
-            "initial_state.npz", marks=pytest.mark.xfail(strict=True, reason="runtime/bundle.py: np.load's own error")
-        ),
+        "initial_state.npz",
     ],
 )
 def test_file_that_is_damaged_under_a_right_hash(cli, own_bundle, file):
@@ -279,10 +276,10 @@ def run(cli, micro_bundle, tmp_path):
     """``run(source)``: run into ``tmp_path / "out"``, with every sink."""
     (tmp_path / "out").mkdir()
 
-    def start(source: object, bundle: Path = micro_bundle):
+    def start(source: object):
         folder = tmp_path / "out"
         sinks = "--output", folder / "o.mp4", "--results", folder / "r.json", "--json-lines", folder / "l.jsonl"
-        return cli("run", bundle, "--source", source, "--threads", 1, *sinks)
+        return cli("run", micro_bundle, "--source", source, "--threads", 1, *sinks)
 
     return start
 
@@ -391,18 +388,19 @@ def test_disk_full_while_running(run, make_clip, tmp_path, disk_of, older):
     assert {(tmp_path / "out" / name).read_text() for name in names} <= {"older"}
 
 
-def test_disk_full_when_the_video_is_finished(run, make_clip, tmp_path, disk_of):
-    """The video alone finds no room, at the very end: it is not there, the other results are whole."""
+def test_disk_full_when_the_video_is_finished(cli, micro_bundle, make_clip, tmp_path, disk_of):
+    """The encoder holds the pictures back, so there is no room at the very end only."""
     source = make_clip(tmp_path / "large.mp4", frames=20, height=288, width=512)
+    (tmp_path / "o.mp4").write_text("older")
     with disk_of(10_000):
-        ended = run(source)
+        ended = cli("run", micro_bundle, "--source", source, "--threads", 1, "--output", tmp_path / "o.mp4")
     ended.refused("SinkError", "o.mp4")
-    assert left_in(tmp_path / "out") == ["l.jsonl", "r.json"]
-    assert len((tmp_path / "out" / "l.jsonl").read_text().splitlines()) == 20
-    assert json.loads((tmp_path / "out" / "r.json").read_text()) == []
+    assert left_in(tmp_path) == ["large.mp4", "o.mp4"]
+    assert (tmp_path / "o.mp4").read_text() == "older"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_disk_full_while_exporting(cli, micro_checkpoint, tmp_path, disk_of):
     (tmp_path / "out").mkdir()
     with disk_of(10_000):

@@ -58,6 +58,7 @@ def pictures(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_checkpoint_to_video(cli, micro_checkpoint, clip, tmp_path):
     bundle = tmp_path / "bundle"
     options = "--token-budget", "30,20,10,5", "--no-baseline", "--opset", "19", "--image-size", 96, 128

@@ -21,12 +21,8 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'"
 )
 
+
 # pixels = image.to(weight.dtype).permute(0, 3, 1, 2) in PatchEmbed is all that is missing; then this mark goes
-bytes_are_cast_too_late = pytest.mark.xfail(
-    strict=True, reason="models/vit.py: PatchEmbed transposes uint8, for which TensorRT-RTX has no Transpose"
-)
-
-
 @pytest.fixture(scope="module")
 def bundle(micro_bundle):
     return load_bundle(micro_bundle)
@@ -105,7 +101,6 @@ def test_needs_neither_torch_nor_onnx():
 
 
 @needs_rtx
-@bytes_are_cast_too_late
 def test_graph_parses_with_the_tensors_of_the_manifest(bundle):
     """The image goes in as bytes, and the values of ``token_budget`` are known on the host."""
     spec = bundle.manifest.graph
@@ -122,7 +117,6 @@ def test_graph_parses_with_the_tensors_of_the_manifest(bundle):
 
 
 @needs_rtx
-@bytes_are_cast_too_late
 @pytest.mark.slow
 def test_builds_one_profile_for_each_budget(bundle):
     usual = bundle.manifest.presets["0.55"]
@@ -132,7 +126,6 @@ def test_builds_one_profile_for_each_budget(bundle):
 
 
 @needs_rtx
-@bytes_are_cast_too_late
 @pytest.mark.slow
 def test_builds_the_dense_graph(bundle):
     dense = with_graph(bundle, graph=bundle.manifest.baseline)
@@ -140,7 +133,6 @@ def test_builds_the_dense_graph(bundle):
 
 
 @needs_rtx
-@bytes_are_cast_too_late
 def test_a_graph_that_it_does_not_take_is_an_error_with_the_node(bundle, threshold_bundle, tmp_path):
     """NonZero under a manifest that says budget: the parser's own reason comes through."""
     spec = bundle.manifest.graph
@@ -150,7 +142,6 @@ def test_a_graph_that_it_does_not_take_is_an_error_with_the_node(bundle, thresho
 
 
 @needs_rtx
-@bytes_are_cast_too_late
 def test_a_budget_that_the_graph_cannot_run_is_refused_by_the_builder(bundle):
     """Behind the manifest's back: TopK of 61 among 60 tokens."""
     wrong = with_graph(bundle, patch_grid=(61, 1))

@@ -217,20 +217,28 @@ def test_ten_failed_steps_in_a_row_end_the_run(tmp_path, micro, faulty_engine, p
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
+class StuckSink(ListSink):
+    """Does not finish its first frame before the source has come to a stop."""
+
+    def __init__(self, source: ListSource) -> None:
+        super().__init__()
+        self._source = source
+        self.read_ahead = 0
+
+    def write(self, frame, result) -> None:
+        while not self.indices and self.read_ahead < self._source.counters.frames_read:
+            self.read_ahead = self._source.counters.frames_read
+            time.sleep(0.4)
+        super().write(frame, result)
+
+
 def test_slow_sink_holds_the_source_back(stream, drifting_frames):
     """Frames in memory: 4 read ahead, 4 waiting for the sink, and one in the hands of each of the three threads."""
-    source, sink = ListSource(drifting_frames(40, size=(48, 80))), ListSink(pause_s=0.01)
-    waiting = []
-    write = sink.write
-
-    def watch(frame, result) -> None:
-        write(frame, result)
-        waiting.append(source.counters.frames_read - len(sink.indices))
-
-    sink.write = watch
+    source = ListSource(drifting_frames(40, size=(48, 80)))
+    sink = StuckSink(source)
     run_stream(source, stream, [sink])
     assert sink.indices == list(range(40))
-    assert max(waiting) <= 4 + 4 + 3
+    assert sink.read_ahead <= 4 + 4 + 3
 
 
 def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
@@ -251,6 +259,7 @@ def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
             most = max(most, sum(reference() is not None for reference in alive))
             yield view
 
-    run_stream(ListSource(pictures()), stream, [ListSink(pause_s=0.005)])
+    source = ListSource(pictures())
+    run_stream(source, stream, [StuckSink(source)])
     gc.collect()
     assert len(alive) == 40 and most <= 14

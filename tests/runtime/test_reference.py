@@ -127,6 +127,7 @@ def test_near_tie_is_counted_and_its_frame_left_out(changed_bundle, micro_bundle
         swap(arrays, 4, 3)
         scores, kept = arrays["4.scores.3"], arrays["4.output.kept_stages"]
         scores[kept == 3], scores[kept == 4] = 1.0, 1.0
+        arrays["4.output.mask_logits"] = arrays["4.output.mask_logits"] * 1.5  # as another choice would
 
     change_vectors(folder, changed_bundle.rehash, change)
     after = verify(folder)
