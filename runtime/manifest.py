@@ -97,8 +97,8 @@ class TrackerSettings(_Strict):
         duplicate_iou: Of two masks that overlap more than this, the lower score is dropped.
     """
 
-    start_score: Annotated[float, Field(ge=0, le=1)] = 0.5
-    keep_score: Annotated[float, Field(ge=0, le=1)] = 0.35
+    start_score: Annotated[float, Field(ge=0, le=1)] = 0.65
+    keep_score: Annotated[float, Field(ge=0, le=1)] = 0.45
     patience: Annotated[int, Field(ge=0)] = 5
     duplicate_iou: Annotated[float, Field(gt=0, le=1)] = 0.6
 

@@ -20,7 +20,7 @@ def test_the_python_example_runs(micro_bundle, drifting_frames, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     seen = []
     frames = drifting_frames(3)
-    exec(compile(code + "    seen.append(result)\n", "README.md", "exec"), {"camera": frames, "seen": seen})
+    exec(compile(code + "        seen.append(result)\n", "README.md", "exec"), {"camera": frames, "seen": seen})
     assert [result.frame_index for result in seen] == [0, 1, 2]
     assert seen[0].reset_reason == "first frame"
     assert seen[1].reset_reason is None

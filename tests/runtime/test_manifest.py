@@ -72,6 +72,7 @@ def changed(**at: object) -> str:
 
 # --- round trip -----------------------------------------------------------------------------------------------------
 
+file_names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 names = st.text(min_size=1, max_size=12)
 unit = st.floats(0, 1)
 sides = st.integers(1, 40)
@@ -124,7 +125,11 @@ def manifests(draw: Callable) -> Manifest:
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         opset=draw(st.integers(1, 30)),
         origin={"model": "m", "checkpoint": "c", "weights_sha256": HASH, "exported_with": {}},
-        files={"model.onnx": HASH, "dense.onnx": HASH[::-1], **draw(st.dictionaries(names, st.just(HASH), max_size=2))},
+        files={
+            "model.onnx": HASH,
+            "dense.onnx": HASH[::-1],
+            **draw(st.dictionaries(file_names, st.just(HASH), max_size=2)),
+        },
     )
 
 
