@@ -18,9 +18,9 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -171,8 +171,8 @@ def run(
             sinks.append(stack.enter_context(open_live_view(classes, port=port, patch_size=patch_size)))
         progress = stack.enter_context(_progress())
         task = progress.add_task(str(engine.report), total=opened.frame_count)
-        stack.enter_context(_interrupt_on_sigterm())
-        summary = run_stream(opened, stream, sinks, lambda result: progress.advance(task))
+        stop = stack.enter_context(_stop_on_signal())
+        summary = run_stream(opened, stream, sinks, lambda result: progress.advance(task), stop)
     resets = ", ".join(f"{count} x {reason}" for reason, count in summary.resets.items())
     _say(
         f"{summary.frames} frames in {summary.wall_s:.1f} s ({summary.frames_per_second:.1f} per second, "
@@ -338,17 +338,15 @@ def _table(*columns: str):  # type: ignore[no-untyped-def]
 
 
 @contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, so that files are finished."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a run ends between two frames and its files are finished."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:

@@ -62,7 +62,11 @@ class RunSummary:
 
 
 def run_stream(
-    source: Source, stream: Stream, sinks: Sequence[Sink], on_result: Callable[[FrameResult], None] | None = None
+    source: Source,
+    stream: Stream,
+    sinks: Sequence[Sink],
+    on_result: Callable[[FrameResult], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> RunSummary:
     """Run a source to its end, or until it is interrupted.
 
@@ -74,6 +78,7 @@ def run_stream(
         stream: Where the frames go.
         sinks: Open; closed by this function.
         on_result: Called with each result, in the caller's thread.
+        stop: Set it, from a signal handler for example, to end the run after the frame at hand.
 
     Raises:
         DeployError: A sink failed, or the backend failed on many frames in a row.
@@ -84,10 +89,11 @@ def run_stream(
         for sink in sinks:
             stack.push(_closing(sink))
         writer = stack.enter_context(SinkWriter(sinks))
-        reader = stack.enter_context(FrameReader(source))
+        reader = stack.enter_context(FrameReader(source, stop=stop))
         with stream:
             try:
                 _pump(reader, stream, writer, summary, on_result)
+                summary.interrupted = stop is not None and stop.is_set()
             except KeyboardInterrupt:
                 summary.interrupted = True
             except SourceLostError as error:

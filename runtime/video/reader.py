@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 1.0
+_STOP_CHECK_S = 0.2
 
 
 class FrameReader:
@@ -33,10 +34,12 @@ class FrameReader:
     Args:
         source: An open source; the reader closes it.
         queue_size: Frames that wait at most, each a decoded picture in memory; for sources that are not live.
+        stop: Once it is set the iteration ends; a signal handler may set it, which may not take a lock.
     """
 
-    def __init__(self, source: Source, *, queue_size: int = 4) -> None:
+    def __init__(self, source: Source, *, queue_size: int = 4, stop: threading.Event | None = None) -> None:
         self.source = source
+        self._stop = stop or threading.Event()
         self._capacity = max(1, queue_size)
         self._frames: deque[Frame] = deque()
         self._changed = threading.Condition()
@@ -65,14 +68,18 @@ class FrameReader:
             DeployError: What the source raised, once.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._frames or self._ended or self._closing)
-            if self._closing:
+            while not self._changed.wait_for(self._can_go_on, timeout=_STOP_CHECK_S) and not self._stop.is_set():
+                pass
+            if self._closing or self._stop.is_set():
                 raise StopIteration
             if not self._frames:
                 error, self._error = self._error, None
                 raise error or StopIteration
             self._changed.notify_all()
             return self._frames.popleft()
+
+    def _can_go_on(self) -> bool:
+        return bool(self._frames) or self._ended or self._closing
 
     def close(self) -> None:
         """Stop reading and close the source; may be called twice, and from any thread.

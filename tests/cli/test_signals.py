@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-FRAMES = 2000  # far more than are done when the signal comes
+FRAMES = 6000  # far more than are done when the signal comes
 SOON_S = 10.0
 
 

@@ -112,7 +112,7 @@ def test_new_track_of_a_query_forgets_the_labels_of_the_old_one():
     tracker = Tracker(TrackerSettings(patience=0))
     for frame in [{0: (0, 0.99)}] * 5 + [{}]:
         tracker.update(*outputs(frame))
-    assert tracker.update(*outputs({0: (1, 0.6)})).labels.tolist() == [1]
+    assert tracker.update(*outputs({0: (1, 0.7)})).labels.tolist() == [1]
 
 
 def test_score_is_class_probability_times_mask_certainty():
