@@ -2,8 +2,8 @@
 
 A clip is one shot, or two with a cut between them. A shot has a large textured background with a moving camera over it,
 unlabelled furniture (blobs and slabs), and up to five objects that move, turn, deform and cover one another in a fixed
-order of depth. What an object is, is decided by its outline alone: background, furniture and objects share one pool
-of textures. From the command line::
+order of depth. What an object is, is decided by its outline; by choice its texture tells it too, as fur tells a dog, or
+misleads: an object may be painted like background and furniture. From the command line::
 
     python -m models.training.scenes data/scenes --clips 64 --frames 36 --size 288 512 --seed 0 --workers 2
 """
@@ -50,7 +50,8 @@ _LIMITS = (
     (("frames",), 1, 100_000),
     (("max_objects",), 1, 200),  # with one layer of furniture the layers of a shot are counted in 8 bits
     (("max_furniture",), 0, 1000),
-    (("cut_probability", "look_alike_probability", "shared_texture_probability"), 0, 1),
+    (("cut_probability", "look_alike_probability"), 0, 1),
+    (("shared_texture_probability", "typical_texture_probability"), 0, 1),
     (("smallest_radius", "largest_radius"), 0.01, 0.5),
     (("speed", "camera"), 0, 10),
     (("deformation",), 0, 0.2),
@@ -81,6 +82,8 @@ class SceneConfig:
     """Radius of the largest; sizes are spread evenly over the logarithm."""
     shared_texture_probability: float = 0.6
     """Chance that an object takes its texture from the pool of background and furniture."""
+    typical_texture_probability: float = 0.0
+    """Chance that an object that does not has the pattern and about the colour that most of its class have."""
     speed: float = 1.0
     """Factor on the speed of the objects; at 1 a fast one moves 4.5 % of the frame height per frame."""
     camera: float = 1.0
@@ -190,6 +193,21 @@ def _random_texture(rng: Rng) -> _Texture:
         family=int(rng.integers(len(_FAMILIES))),
         cell=float(np.exp(rng.uniform(np.log(0.025), np.log(0.12)))),
         colours=np.clip(base + spread, 10, 245),
+        grain=float(rng.uniform(0.05, 0.25)),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def _typical_texture(rng: Rng, label: int) -> _Texture:
+    """Pattern and hue that belong to a class, with the differences that its members have."""
+    hue = 2 * np.pi * label / len(CLASSES) + rng.normal(0, 0.15)
+    tint = np.cos(hue - np.array([0, 1, 2]) * 2 * np.pi / 3)
+    middle = rng.uniform(100, 150) + rng.uniform(45, 75) * tint
+    contrast = rng.uniform(35, 70) * np.array([[-1.0], [0.0], [1.0]])
+    return _Texture(
+        family=label % len(_FAMILIES),
+        cell=float(0.05 * np.exp(rng.normal(0, 0.2))),
+        colours=np.clip(middle + contrast, 10, 245),
         grain=float(rng.uniform(0.05, 0.25)),
         seed=int(rng.integers(2**31)),
     )
@@ -515,11 +533,18 @@ def _make_canvas(rng: Rng, config: SceneConfig, textures: list[_Texture], margin
     return _light_canvas(rng, canvas)
 
 
+def _object_texture(rng: Rng, config: SceneConfig, textures: list[_Texture], label: int) -> _Texture:
+    if rng.random() < config.shared_texture_probability:
+        return textures[int(rng.integers(len(textures)))]
+    if rng.random() < config.typical_texture_probability:
+        return _typical_texture(rng, label)
+    return _random_texture(rng)
+
+
 def _make_object(rng: Rng, config: SceneConfig, textures: list[_Texture], motion: _Motion) -> _Layer:
     label = int(rng.integers(len(CLASSES)))
     radius = config.height * float(np.exp(rng.uniform(np.log(config.smallest_radius), np.log(config.largest_radius))))
-    shared = rng.random() < config.shared_texture_probability
-    texture = textures[int(rng.integers(len(textures)))] if shared else _random_texture(rng)
+    texture = _object_texture(rng, config, textures, label)
     sprite = _make_sprite(rng, *_outline(rng, CLASSES[label]), radius, texture, config.height)
     bend = rng.uniform(0, 1) * config.deformation * 2 * radius
     return _Layer(sprite, motion, label, bend, rng.uniform(12, 40), rng.uniform(0, 2 * np.pi))
@@ -761,6 +786,9 @@ def main(
     shared_texture: Annotated[
         float, typer.Option(min=0, max=1, help="Chance that an object looks like something in the background.")
     ] = 0.6,
+    typical_texture: Annotated[
+        float, typer.Option(min=0, max=1, help="Chance that any other object has the texture typical of its class.")
+    ] = 0.0,
     furniture: Annotated[int, typer.Option(min=0, max=1000, help="Most unlabelled things in the background.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Clip i is drawn from seed x 1000000 + i.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 1,
@@ -779,6 +807,7 @@ def main(
             smallest_radius=radius[0],
             largest_radius=radius[1],
             shared_texture_probability=shared_texture,
+            typical_texture_probability=typical_texture,
             max_furniture=furniture,
         )
         write_youtube_vis(output, config, seeds, workers=workers, jpeg_quality=jpeg_quality)

@@ -40,6 +40,7 @@ from runtime.errors import CheckpointError, DeployError, SourceFormatError
 
 PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
 BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
+CENTRE_WEIGHT = 5.0  # of the distance to the object's centre in the auxiliary loss
 RATIO_RANGE = (0.3, 1.0)  # the other half is spread evenly over these
 
 
@@ -59,7 +60,7 @@ class Recipe:
         frames: Frames per clip; gradients flow through ``truncate`` of them.
         max_gap: Largest distance between frames of a clip, in frames of the video.
         zoom: Range of the zoom of a crop; 1 shows as much of the frame as fits.
-        semantic_weight: Weight of the auxiliary per-pixel class loss; its head is not part of the checkpoint.
+        pixel_weight: Weight of the auxiliary per-pixel loss; its head is not part of the checkpoint.
     """
 
     stage: Stage
@@ -76,28 +77,39 @@ class Recipe:
     warmup: int
     weight_decay: float
     clip_norm: float
-    semantic_weight: float
+    pixel_weight: float
     seed: int
     bf16: bool
     init: str | None
 
 
-class SemanticHead(nn.Module):
-    """Per-pixel classes at stride 8 from the final tokens; speeds up learning from scratch, then is thrown away."""
+class PixelHead(nn.Module):
+    """Class of each pixel at stride 8 and the way to its object's centre, from the final tokens.
+
+    Speeds up learning from scratch, which set prediction alone makes slow; it is thrown away after training.
+    """
 
     def __init__(self, model: VppEo) -> None:
         super().__init__()
         self.patch_grid = model.patch_grid
         self.classes = len(model.config.classes) + 1
-        self.predict = nn.Linear(model.config.embed_dim, 4 * self.classes)
+        self.predict = nn.Linear(model.config.embed_dim, 4 * (self.classes + 2))
 
-    def loss(self, tokens: Tensor, label_map: Tensor) -> Tensor:
-        """Cross entropy of tokens [B, N, C] against class indices [B, H / 8, W / 8]; the last class is background."""
-        grid = self.predict(tokens).unflatten(-1, (self.classes, 2, 2)).unflatten(1, self.patch_grid)
-        logits = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    def loss(self, tokens: Tensor, label_map: Tensor, centre_map: Tensor) -> Tensor:
+        """Cross entropy, and distance to the centre in units of the frame height, of tokens [B, N, C].
+
+        Args:
+            label_map: Class index int64 [B, H / 8, W / 8]; the last is background.
+            centre_map: Offset (x, y) from a pixel to the centre of its object, float [B, 2, H / 8, W / 8].
+        """
+        grid = self.predict(tokens).unflatten(-1, (-1, 2, 2)).unflatten(1, self.patch_grid)
+        pixels = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).float()
         weight = torch.ones(self.classes)
         weight[-1] = BACKGROUND_WEIGHT
-        return F.cross_entropy(logits.float(), label_map, weight)
+        classes, centres = pixels.split((self.classes, 2), dim=1)
+        on_object = (label_map < self.classes - 1).unsqueeze(1)
+        distance = ((centres - centre_map).abs() * on_object).sum() / on_object.sum().clamp(min=1)
+        return F.cross_entropy(classes, label_map, weight) + CENTRE_WEIGHT * distance
 
 
 class Clip:
@@ -110,9 +122,20 @@ class Clip:
         self.visible = masks.flatten(2).any(2)  # [O, T]
         frames, height, width = masks.shape[1:]
         self.label_maps = torch.full((frames, height // 8, width // 8), classes)
+        self.centre_maps = torch.zeros(frames, 2, height // 8, width // 8)
         for label, mask in zip(self.labels, masks, strict=True):
-            self.label_maps[F.avg_pool2d(mask, 8) > 0.5] = label
+            small = F.avg_pool2d(mask, 8)
+            self.label_maps[small > 0.5] = label
+            self.centre_maps = torch.where((small > 0.5).unsqueeze(1), _to_centre(small), self.centre_maps)
         self.identities = Identities()
+
+
+def _to_centre(mask: Tensor) -> Tensor:
+    """Offset (x, y) of each pixel to the centre of mass of mask [T, h, w], in units of h: [T, 2, h, w]."""
+    height, width = mask.shape[1:]
+    place = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")) / height
+    mass = mask.sum((1, 2)).clamp(min=1e-6)
+    return torch.einsum("thw,chw->tc", mask, place)[:, :, None, None] / mass[:, None, None, None] - place
 
 
 class Trainer:
@@ -120,12 +143,12 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, model: VppEo, folder: Path) -> None:
         self.recipe, self.model, self.folder = recipe, model, folder
-        self.semantic = SemanticHead(model)
+        self.pixel_head = PixelHead(model)
         self.optimiser = torch.optim.AdamW(self._parameter_groups(), lr=recipe.learning_rate, betas=(0.9, 0.99))
         self.step = 0
 
     def _parameter_groups(self) -> list[dict]:
-        named = [*self.model.named_parameters(), *self.semantic.named_parameters()]
+        named = [*self.model.named_parameters(), *self.pixel_head.named_parameters()]
         decayed = [p for name, p in named if p.ndim > 1 and "pos_embed" not in name and name != "queries"]
         rest = [p for name, p in named if not any(p is other for other in decayed)]
         return [
@@ -145,7 +168,7 @@ class Trainer:
         """Write everything needed to go on, whole or not at all."""
         content = {
             "model": self.model.state_dict(),
-            "semantic": self.semantic.state_dict(),
+            "pixel_head": self.pixel_head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
         }
@@ -161,7 +184,7 @@ class Trainer:
             return False
         content = torch.load(path, weights_only=True)
         self.model.load_state_dict(content["model"])
-        self.semantic.load_state_dict(content["semantic"])
+        self.pixel_head.load_state_dict(content["pixel_head"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.step = content["step"]
         return True
@@ -206,21 +229,24 @@ class Trainer:
 
     def _frame_terms(self, trace: Trace, clips: list[Clip], t: int) -> dict[str, Tensor]:
         """Loss terms of one frame, averaged over the clips."""
-        final = [self._match(trace.predictions[-1], b, clip, t) for b, clip in enumerate(clips)]
+        # unbound, not indexed: the gradient of an index is a tensor of the whole batch, one for each clip
+        each = [tuple(zip(classes.float(), masks.float(), strict=True)) for classes, masks in trace.predictions]
+        final = [self._match(*each[-1][b], clip, t) for b, clip in enumerate(clips)]
         predictions = [
             torch.stack(
                 [
-                    set_loss(classes[b].float(), masks[b].float(), queries, clip.labels[shown], clip.masks[shown, t])
-                    for b, (clip, (shown, queries)) in enumerate(zip(clips, final, strict=True))
+                    set_loss(classes, masks, queries, clip.labels[shown], clip.masks[shown, t])
+                    for (classes, masks), clip, (shown, queries) in zip(block, clips, final, strict=True)
                 ]
             ).mean()
-            for classes, masks in trace.predictions
+            for block in each
         ]
         label_map = torch.stack([clip.label_maps[t] for clip in clips])
+        centre_map = torch.stack([clip.centre_maps[t] for clip in clips])
         terms = {
             "set": predictions[-1],
             "deep": torch.stack(predictions[:-1]).mean(),
-            "pixels": self.recipe.semantic_weight * self.semantic.loss(trace.features, label_map),
+            "pixels": self.recipe.pixel_weight * self.pixel_head.loss(trace.features, label_map, centre_map),
         }
         if trace.stage_decisions:
             targets = list(stage_ratios(PRESET_RATIO)[1:])
@@ -228,13 +254,12 @@ class Trainer:
         return terms
 
     @staticmethod
-    def _match(prediction: tuple[Tensor, Tensor], index: int, clip: Clip, t: int) -> tuple[list[int], list[int]]:
+    def _match(classes: Tensor, masks: Tensor, clip: Clip, t: int) -> tuple[list[int], list[int]]:
         """(objects visible in frame t, the query of each); without those for which no query was free."""
         shown = clip.visible[:, t].nonzero().flatten().tolist()
         if not shown:
             return [], []
         with torch.no_grad():
-            classes, masks = prediction[0][index].float(), prediction[1][index].float()
             cost = pairwise_cost(classes, masks, clip.labels[shown], clip.masks[shown, t])
         matched = clip.identities.match(cost, shown)
         pairs = [(name, query) for name, query in zip(shown, matched, strict=True) if query is not None]
@@ -341,14 +366,14 @@ def main(
     warmup: Annotated[int, typer.Option(min=1, help="Steps of linear warm-up.")] = 200,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
-    semantic_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
+    pixel_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
-        weight_decay, clip_norm, semantic_weight, seed, bf16, None if init is None else str(init),
+        weight_decay, clip_norm, pixel_weight, seed, bf16, None if init is None else str(init),
     )  # fmt: skip
     try:
         train(recipe, output)

@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 def recipe(data):
     return Recipe(
         stage=Stage.DENSE, data=str(data), model="vpp-eo-micro", steps=5, batch=2, size=SIZE, frames=3, truncate=2,
-        max_gap=2, zoom=(1.0, 1.2), learning_rate=2e-3, warmup=2, weight_decay=0.05, clip_norm=1.0, semantic_weight=2.0,
+        max_gap=2, zoom=(1.0, 1.2), learning_rate=2e-3, warmup=2, weight_decay=0.05, clip_norm=1.0, pixel_weight=2.0,
         seed=3, bf16=False, init=None,
     )  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_learning_rate_warms_up_and_falls_to_one_percent(recipe, tmp_path):
 
 def test_matrices_decay_and_embeddings_do_not(recipe, tmp_path):
     trainer = Trainer(recipe, micro(), tmp_path)
-    names = {id(p): name for name, p in [*trainer.model.named_parameters(), *trainer.semantic.named_parameters()]}
+    names = {id(p): name for name, p in [*trainer.model.named_parameters(), *trainer.pixel_head.named_parameters()]}
     decayed, rest = ({names.pop(id(p)) for p in group["params"]} for group in trainer.optimiser.param_groups)
     assert not names, "every parameter is trained, once"
     assert [group["weight_decay"] for group in trainer.optimiser.param_groups] == [0.05, 0.0]
