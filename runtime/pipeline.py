@@ -1,4 +1,8 @@
-"""Source -> stream -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder."""
+"""Source -> stream -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
+
+The reader's thread also letterboxes the frames of a recording, and the writer's brings masks to the source's size, so
+that the caller's thread does little but run the model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import DeployError, SourceLostError, StepError
 from runtime.results import FrameResult
-from runtime.stream import Stream
+from runtime.stream import Answer, PreparedFrame, Stream
 from runtime.video.frame import Frame
 from runtime.video.reader import FrameReader
 from runtime.video.sinks import Sink
@@ -34,10 +38,10 @@ class RunSummary:
     """What a run did.
 
     Attributes:
-        frames: Frames that went through the model.
+        frames: Frames that went through the model and whose results were delivered.
         failed_steps: Frames on which the backend failed.
         wall_s: From the first frame taken to the last result written.
-        step_ms: Sum of the time spent in the backend.
+        step_ms: Sum of the time spent in the backend on those frames.
         resets: Frames without a prior, by reason.
         tracks: Different objects seen.
         source: What the source counted.
@@ -77,7 +81,7 @@ def run_stream(
         source: Open; closed by this function.
         stream: Where the frames go.
         sinks: Open; closed by this function.
-        on_result: Called with each result, in the caller's thread.
+        on_result: Called with each result, in order, in the thread that writes the sinks; what it raises ends the run.
         stop: Set it, from a signal handler for example, to end the run after the frame at hand.
 
     Raises:
@@ -88,12 +92,15 @@ def run_stream(
     with contextlib.ExitStack() as stack:
         for sink in sinks:
             stack.push(_closing(sink))
-        writer = stack.enter_context(SinkWriter(sinks))
-        reader = stack.enter_context(FrameReader(source, stop=stop))
+        writer = stack.enter_context(SinkWriter(sinks, summary, on_result))
+        # of a live source only the newest frame is run: it is prepared when its turn comes
+        prepare = None if source.live else stream.prepare
+        reader = stack.enter_context(FrameReader(source, prepare=prepare, stop=stop))
         with stream:
             try:
-                _pump(reader, stream, writer, summary, on_result)
+                _pump(reader, stream, writer, summary)
                 summary.interrupted = stop is not None and stop.is_set()
+                writer.finish()
             except KeyboardInterrupt:
                 summary.interrupted = True
             except SourceLostError as error:
@@ -104,31 +111,20 @@ def run_stream(
     return summary
 
 
-def _pump(
-    reader: FrameReader,
-    stream: Stream,
-    writer: SinkWriter,
-    summary: RunSummary,
-    on_result: Callable[[FrameResult], None] | None,
-) -> None:
-    failures, last_track = 0, 0
-    for frame in reader:
+def _pump(reader: FrameReader[PreparedFrame], stream: Stream, writer: SinkWriter, summary: RunSummary) -> None:
+    failures = 0
+    for item in reader:
+        prepared = item if isinstance(item, PreparedFrame) else stream.prepare(item)
         try:
-            result = stream.step(frame)
+            answer = stream.infer(prepared)
         except StepError as error:
             failures, summary.failed_steps = failures + 1, summary.failed_steps + 1
-            logger.warning("frame %d: %s", frame.index, error)
+            logger.warning("frame %d: %s", prepared.frame.index, error)
             if failures == FAILURES_IN_A_ROW:
                 raise
             continue
         failures = 0
-        writer.put(frame, result)
-        summary.frames += 1
-        summary.step_ms += result.step_ms
-        last_track = max([last_track, *result.instances.track_ids.tolist()])
-        summary.tracks = last_track
-        if on_result is not None:
-            on_result(result)
+        writer.put(prepared.frame, answer)
 
 
 def _closing(sink: Sink) -> Callable[..., None]:
@@ -141,12 +137,27 @@ def _closing(sink: Sink) -> Callable[..., None]:
 
 
 class SinkWriter:
-    """Writes results to all sinks in a thread; a full queue makes the caller wait, so that memory stays bounded."""
+    """Delivers results in a thread; a full queue makes the caller wait, so that memory stays bounded.
 
-    def __init__(self, sinks: Sequence[Sink], *, queue_size: int = 4) -> None:
-        self._sinks = sinks
-        self._queue: queue.Queue[tuple[Frame, FrameResult] | None] = queue.Queue(queue_size)
-        self._error: Exception | None = None
+    Args:
+        sinks: Each gets each result.
+        summary: Counts what was delivered.
+        on_result: Called after the sinks.
+        queue_size: Answers that wait at most.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        summary: RunSummary,
+        on_result: Callable[[FrameResult], None] | None = None,
+        *,
+        queue_size: int = 4,
+    ) -> None:
+        self._sinks, self._summary, self._on_result = sinks, summary, on_result
+        self._queue: queue.Queue[tuple[Frame, Answer] | None] = queue.Queue(queue_size)
+        self._error: BaseException | None = None
+        self._raised = False
         self._thread = threading.Thread(target=self._write, name="sink-writer", daemon=True)
 
     def __enter__(self) -> Self:
@@ -158,21 +169,20 @@ class SinkWriter:
     ) -> None:
         self._stop()
 
-    def put(self, frame: Frame, result: FrameResult) -> None:
-        """Hand over one result.
+    def put(self, frame: Frame, answer: Answer) -> None:
+        """Hand over one answer.
 
         Raises:
-            DeployError: A sink has failed; the run has to end.
+            DeployError: A sink has failed; the run has to end. So with whatever ``on_result`` raised.
         """
         self._raise_error()
-        if self._sinks:
-            self._queue.put((frame, result))
+        self._queue.put((frame, answer))
 
     def finish(self) -> None:
-        """Wait until everything is written.
+        """Wait until everything is delivered.
 
         Raises:
-            DeployError: A sink has failed.
+            DeployError: As :meth:`put`; an error is raised once.
         """
         self._stop()
         self._raise_error()
@@ -183,18 +193,27 @@ class SinkWriter:
             self._thread.join()
 
     def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if (error := self._error) is not None and not self._raised:
+            self._raised = True
+            raise error
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
                 continue  # keep taking, so that nobody waits for room in the queue
             try:
-                for sink in self._sinks:
-                    sink.write(*item)
-            except DeployError as error:
+                self._deliver(*item)
+            except BaseException as error:  # the caller's thread raises it
+                if not isinstance(error, (DeployError, KeyboardInterrupt)):
+                    logger.exception("a result could not be delivered")
                 self._error = error
-            except Exception as error:
-                logger.exception("a sink failed")
-                self._error = error
+
+    def _deliver(self, frame: Frame, answer: Answer) -> None:
+        result, summary = answer.result(), self._summary
+        for sink in self._sinks:
+            sink.write(frame, result)
+        summary.frames += 1
+        summary.step_ms += result.step_ms
+        summary.tracks = max([summary.tracks, *result.instances.track_ids.tolist()])  # ids count up
+        if self._on_result is not None:
+            self._on_result(result)

@@ -26,6 +26,12 @@ class Instances:
     boxes: NDArray[np.float32]
     masks: NDArray[np.bool_]
 
+    @classmethod
+    def none(cls, height: int, width: int) -> Instances:
+        """No object in a frame of this size."""
+        ids, boxes = np.empty(0, np.int64), np.empty((0, 4), np.float32)
+        return cls(ids, ids, np.empty(0, np.float32), boxes, np.empty((0, height, width), np.bool_))
+
     def __len__(self) -> int:
         return len(self.track_ids)
 

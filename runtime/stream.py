@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PreparedFrame:
+    """A frame and the model's input made of it.
+
+    Attributes:
+        image: uint8 [height, width, 3] of the bundle's image size, letterboxed.
+        letterbox: How it was fitted; one object as long as the source keeps its resolution.
+        preprocess_ms: Time that took, milliseconds.
+    """
+
+    frame: Frame
+    image: NDArray[np.uint8]
+    letterbox: Letterbox
+    preprocess_ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said about one frame, with masks still on the model's own grid.
+
+    Attributes:
+        detections: Objects by track id.
+        mask_logits: float32 [O, h, w], one for each detection.
+        header: The result without its objects.
+    """
+
+    detections: Detections
+    mask_logits: NDArray[np.float32]
+    letterbox: Letterbox
+    header: FrameResult
+
+    def result(self) -> FrameResult:
+        """Objects in pixels of the frame; may be called in another thread than the stream's."""
+        masks = self.letterbox.masks_to_source(self.mask_logits)
+        return replace(self.header, instances=_instances(self.detections, masks))
+
+
 class Stream:
     """One camera on an engine; several streams share one engine, each with its own state.
+
+    :meth:`step` is all that most programs need. It is :meth:`prepare`, :meth:`infer` and :meth:`Answer.result` one
+    after the other, which a pipeline calls in threads of their own.
 
     >>> with Stream(bundle, load_engine(bundle)) as stream:  # doctest: +SKIP
     ...     for frame in frames:
@@ -61,7 +102,8 @@ class Stream:
         self._reset_budget = reset_budget(self.budget, manifest.patch_count)
         self._reset_settings = resets
         self._buffers: StreamBuffers | None = None
-        self._letterbox: Letterbox | None = None
+        self._letterbox: Letterbox | None = None  # of the last frame prepared
+        self._last_letterbox: Letterbox | None = None  # of the last frame run
         self._detector = ResetDetector(resets)
         self._tracker = Tracker(manifest.tracker)
         self._frames = 0
@@ -104,43 +146,56 @@ class Stream:
             FrameShapeError: This is no RGB picture; the prior is unchanged.
             StepError: The backend failed; the prior is dropped, the next frame runs without one.
         """
+        return self.infer(self.prepare(self._as_frame(frame, timestamp_s))).result()
+
+    def prepare(self, frame: Frame) -> PreparedFrame:
+        """Letterbox a frame for the model; of all threads one at a time may call it, in the order of the frames.
+
+        Raises:
+            FrameShapeError: This is no RGB picture; nothing has changed.
+        """
+        if isinstance(frame.picture, np.ndarray):
+            _check_picture(frame.picture)
+        started = time.perf_counter()
+        height, width = self.bundle.manifest.image_size
+        size = frame.height, frame.width
+        if self._letterbox is None or (self._letterbox.source_height, self._letterbox.source_width) != size:
+            self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
+        image = np.empty((height, width, 3), np.uint8)
+        self._letterbox.fit(frame, image)
+        return PreparedFrame(frame, image, self._letterbox, (time.perf_counter() - started) * 1e3)
+
+    def infer(self, prepared: PreparedFrame) -> Answer:
+        """Run one prepared frame and carry the prior to the next.
+
+        Raises:
+            StepError: The backend failed; the prior is dropped, the next frame runs without one.
+        """
         self.open()
         assert self._buffers is not None
-        frame = self._as_frame(frame, timestamp_s)
-        arrived = time.perf_counter()
-        letterbox = self._fit(frame, self._buffers.image[0])
-        content = _content(self._buffers.image[0], letterbox)
+        frame, started = prepared.frame, time.perf_counter()
+        if self._last_letterbox not in (None, prepared.letterbox):
+            self._detector.note(RESOLUTION_CHANGE)
+        self._last_letterbox = prepared.letterbox
+        content = _content(prepared.image, prepared.letterbox)
         reason = self._detector.check(content, frame.timestamp_s, frame.discontinuity)
         if reason is not None:
             self._drop_prior(reason)
+        self._buffers.image[0] = prepared.image
+        budget = self.budget if reason is None else self._reset_budget
+        preprocess_ms = prepared.preprocess_ms + (time.perf_counter() - started) * 1e3
         started = time.perf_counter()
-        outputs = self._run(self._buffers, self.budget if reason is None else self._reset_budget)
+        outputs = self._run(self._buffers, budget)
         step_ms = (time.perf_counter() - started) * 1e3
-        result = self._result(frame, outputs, letterbox, reason, step_ms, (started - arrived) * 1e3)
+        answer = self._answer(prepared, outputs, reason, step_ms, preprocess_ms)
         self._frames += 1
-        return result
+        return answer
 
     def _as_frame(self, frame: NDArray[np.uint8] | Frame, timestamp_s: float | None) -> Frame:
         if isinstance(frame, Frame):
-            if isinstance(frame.picture, np.ndarray):
-                _check_picture(frame.picture)
             return frame
         _check_picture(frame)
-        if timestamp_s is None:
-            timestamp_s = time.monotonic()
-        return Frame(frame, self._frames, timestamp_s)
-
-    def _fit(self, frame: Frame, image: NDArray[np.uint8]) -> Letterbox:
-        """Letterbox the frame into the input buffer."""
-        height, width = self.bundle.manifest.image_size
-        size = frame.height, frame.width
-        letterbox = self._letterbox
-        if letterbox is None or (letterbox.source_height, letterbox.source_width) != size:
-            if letterbox is not None:
-                self._detector.note(RESOLUTION_CHANGE)
-            letterbox = self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
-        letterbox.fit(frame, image)
-        return letterbox
+        return Frame(frame, self._frames, time.monotonic() if timestamp_s is None else timestamp_s)
 
     def _drop_prior(self, reason: str) -> None:
         assert self._buffers is not None
@@ -162,28 +217,28 @@ class Stream:
             self._detector.note(NON_FINITE_STATE)
         return dict(outputs)
 
-    def _result(
+    def _answer(
         self,
-        frame: Frame,
+        prepared: PreparedFrame,
         outputs: dict[str, NDArray[np.generic]],
-        letterbox: Letterbox,
         reason: str | None,
         step_ms: float,
         preprocess_ms: float,
-    ) -> FrameResult:
+    ) -> Answer:
         class_logits = np.asarray(outputs["class_logits"][0], np.float32)
         mask_logits = np.asarray(outputs["mask_logits"][0], np.float32)
         detections = self._tracker.update(class_logits, mask_logits)
-        return FrameResult(
-            frame_index=frame.index,
-            timestamp_s=frame.timestamp_s,
-            instances=_instances(detections, letterbox.masks_to_source(mask_logits[detections.queries])),
+        header = FrameResult(
+            frame_index=prepared.frame.index,
+            timestamp_s=prepared.frame.timestamp_s,
+            instances=Instances.none(prepared.frame.height, prepared.frame.width),
             kept_stages=np.array(outputs["kept_stages"][0], np.int64).reshape(self.bundle.manifest.patch_grid),
             tokens_kept=np.array(outputs["tokens_kept"][0], np.int64),
             reset_reason=reason,
             step_ms=step_ms,
             preprocess_ms=preprocess_ms,
         )
+        return Answer(detections, mask_logits[detections.queries], prepared.letterbox, header)
 
 
 def _check_picture(picture: object) -> None:

@@ -203,16 +203,20 @@ def _interpolate_mask(logits: NDArray[np.float32], rows: _Taps, columns: _Taps, 
         return
     y = rows.touching(positive_rows[0], positive_rows[-1])
     x = columns.touching(positive_columns[0], positive_columns[-1])
-    low, high, part = rows.low[y], rows.high[y], rows.part[y, None]
+    low, part = rows.low[y], rows.part[y, None]
     wide = logits.take(columns.low[x], 1)  # [grid_h, grid_w] -> [grid_h, x]
     wide += (logits.take(columns.high[x], 1) - wide) * columns.part[x]
+    rise = np.diff(wide, axis=0, append=wide[-1:])
+    limit = np.negative(wide, out=wide)  # low + part * rise > 0, written as part * rise > -low: one pass less
+    inside = out[y, x]
+    rises, limits = np.empty((2, _ROWS_AT_ONCE, wide.shape[1]), np.float32)
     for start in range(0, len(low), _ROWS_AT_ONCE):
-        block = slice(start, start + _ROWS_AT_ONCE)
-        above, below = wide[low[block]], wide[high[block]]
-        below -= above
-        below *= part[block]
-        below += above
-        np.greater(below, 0, out=out[y, x][block])
+        block = low[start : start + _ROWS_AT_ONCE]
+        some = slice(len(block))
+        rise.take(block, 0, out=rises[some], mode="clip")  # the indices are in range; "raise" would copy the output
+        limit.take(block, 0, out=limits[some], mode="clip")
+        rises[some] *= part[start : start + _ROWS_AT_ONCE]
+        np.greater(rises[some], limits[some], out=inside[start : start + _ROWS_AT_ONCE])
 
 
 def _as_video_frame(frame: Frame) -> av.VideoFrame:

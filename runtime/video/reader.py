@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .frame import Frame
 from .source_types import Source
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _JOIN_TIMEOUT_S = 1.0
 _STOP_CHECK_S = 0.2
 
 
-class FrameReader:
-    """An iterator over a source's frames that a thread reads ahead.
+class FrameReader(Generic[T]):
+    """An iterator over a source's frames, or what ``prepare`` makes of them, that a thread reads ahead.
 
     Of a live source only the newest frame waits: when it is not taken in time, the next one replaces it and is counted
     as ``counters.frames_dropped``. What a dropped frame had to say (:attr:`Frame.discontinuity`) goes over to the frame
@@ -33,15 +35,25 @@ class FrameReader:
 
     Args:
         source: An open source; the reader closes it.
+        prepare: Called with each frame in the reading thread; what it returns is handed over instead of the frame.
+            Not for live sources, whose frames may be dropped.
         queue_size: Frames that wait at most, each a decoded picture in memory; for sources that are not live.
         stop: Once it is set the iteration ends; a signal handler may set it, which may not take a lock.
     """
 
-    def __init__(self, source: Source, *, queue_size: int = 4, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        prepare: Callable[[Frame], T] | None = None,
+        queue_size: int = 4,
+        stop: threading.Event | None = None,
+    ) -> None:
         self.source = source
+        self._prepare = prepare
         self._stop = stop or threading.Event()
         self._capacity = max(1, queue_size)
-        self._frames: deque[Frame] = deque()
+        self._frames: deque[Frame | T] = deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._ended = False
@@ -57,10 +69,10 @@ class FrameReader:
     ) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Frame | T]:
         return self
 
-    def __next__(self) -> Frame:
+    def __next__(self) -> Frame | T:
         """The next frame; waits for it.
 
         Raises:
@@ -97,7 +109,7 @@ class FrameReader:
     def _read(self) -> None:
         try:
             for frame in self.source:
-                if not self._put(frame):
+                if not self._put(frame if self._prepare is None else self._prepare(frame)):
                     break
         except BaseException as error:  # the consumer's thread raises it
             self._error = error
@@ -105,11 +117,12 @@ class FrameReader:
             self._ended = True
             self._changed.notify_all()
 
-    def _put(self, frame: Frame) -> bool:
+    def _put(self, frame: Frame | T) -> bool:
         """Hand over one frame, as soon as there is room; False if nobody wants it any more."""
         with self._changed:
             if self.source.live and self._frames:
                 stale = self._frames.popleft()
+                assert isinstance(frame, Frame) and isinstance(stale, Frame), "frames of a live source are not prepared"
                 frame.discontinuity = frame.discontinuity or stale.discontinuity
                 self.source.counters.frames_dropped += 1
             self._changed.wait_for(lambda: len(self._frames) < self._capacity or self._closing)

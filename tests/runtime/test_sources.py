@@ -127,7 +127,7 @@ def test_cut_off_file_gives_what_decodes_then_says_so(tmp_path, suffix):
     with open_source(path) as source, pytest.raises(SourceLostError) as lost:
         for frame in source:
             frames.append(frame)
-    assert 15 < len(frames) < 60
+    assert 10 < len(frames) < 60  # the encoder makes another file on another number of cores
     assert f"after {len(frames)} frames" in str(lost.value) and path.name in str(lost.value)
     assert ascends([frame.timestamp_s for frame in frames])
 
