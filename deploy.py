@@ -92,7 +92,7 @@ def export(
     """Turn a checkpoint into a bundle: ONNX graph, manifest, reference vectors; checked against torch."""
     try:
         from export.bundle_writer import ExportRequest, export_bundle
-        from models.vpp_eo import Selection
+        from models.pruned_host import Selection
     except ImportError as error:
         raise DeployError(f"export needs {error.name}. Install it: pip install '.[export]'") from error
     if selection not in ("budget", "threshold"):

@@ -27,7 +27,8 @@ from typing_extensions import Self
 from export.bundle_writer import ExportRequest, export_bundle
 from models.checkpoints import save_checkpoint
 from models.configs import config_by_name
-from models.vpp_eo import Selection, VppEo
+from models.pruned_host import Selection
+from models.vpp_eo import VppEo
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.pipeline import run_stream

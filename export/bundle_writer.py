@@ -19,7 +19,8 @@ from export.check import Parity, check_parity
 from export.onnx_graph import DEFAULT_OPSET, STATE_NAMES, export_graph
 from export.reference import FRAMES, synthetic_frames, write_reference
 from models.checkpoints import load_checkpoint, weight_hash
-from models.vpp_eo import Selection, VppEo, at_image_size
+from models.pruned_host import Selection
+from models.vpp_eo import VppEo, at_image_size
 from runtime.backend import load_engine
 from runtime.budget import token_budget, validate_budget
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.onnx_graph import STATE_NAMES, budget_entries, step_interface
+from models.pruned_host import Outputs, Selection
 from models.selection import gather_tokens
 from models.token_subset import TokenSubset
-from models.vpp_eo import Outputs, Selection, State, VppEo
+from models.vpp_eo import State, VppEo
 from runtime.backend import Engine
 from runtime.budget import reset_budget
 from runtime.errors import ExportMismatchError

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.vpp_eo import Outputs, Selection, State, VppEo
+from models.pruned_host import Outputs, Selection
+from models.vpp_eo import State, VppEo
 from runtime.manifest import DType, GraphSpec, StatePair, TensorSpec
 
 DEFAULT_OPSET = 20  # the first with Gelu as one operator; ONNX Runtime does not fuse the decomposed one from torch

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from export.check import Oracle
 from export.onnx_graph import STATE_NAMES, step_interface
-from models.vpp_eo import Selection, VppEo
+from models.pruned_host import Selection
+from models.vpp_eo import VppEo
 from runtime.budget import reset_budget
 from runtime.reference import MASK_STRIDE
 

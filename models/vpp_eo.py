@@ -9,27 +9,16 @@ One step is a pure function of image, state and budget; what one frame leaves to
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models import selection
 from models.configs import VppEoConfig
+from models.pruned_host import KeepPredictor, MapSelector, Outputs, PrunedHost, Selection, state_ok
 from models.token_subset import TokenSubset
 from models.vit import Block, Mlp, PatchEmbed, cosine_patches, resize_pos_embed, sincos_pos_embed
 from runtime.errors import ImageSizeError
-
-POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
-
-
-class Selection(str, Enum):
-    """How a selection stage decides."""
-
-    BUDGET = "budget"  # the K highest scores at every stage, K from ``token_budget``
-    THRESHOLD = "threshold"  # Map-SM by K; the selective modules keep where the keep logit wins (published)
-    NONE = "none"  # no selection operator at all: the dense network
 
 
 class State(NamedTuple):
@@ -46,72 +35,6 @@ class State(NamedTuple):
     keep_logits: Tensor
     kept: Tensor
     queries: Tensor
-
-
-class Outputs(NamedTuple):
-    """What one frame gives.
-
-    Attributes:
-        class_logits: [B, Q, classes + 1]; the last is "no object".
-        mask_logits: [B, Q, H / 4, W / 4]; a pixel belongs to the query where it is positive.
-        kept_stages: int64 [B, N], selection stages that each token passed, 0..S.
-        tokens_kept: int64 [B, S], tokens that each stage kept.
-        state_ok: bool [B], the next state is finite and keeps at least one token.
-    """
-
-    class_logits: Tensor
-    mask_logits: Tensor
-    kept_stages: Tensor
-    tokens_kept: Tensor
-    state_ok: Tensor
-
-
-class KeepPredictor(nn.Module):
-    """Two logits per token, keep and drop, from its features."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, K, C] -> [B, K, 2]."""
-        return self.mlp(self.norm(x))
-
-
-class MapSelector(nn.Module):
-    """Map-SM: each token takes the keep logits of the most similar token of the frame before.
-
-    The published module copies deep features along the association and then applies LayerNorm and MLP. Both act on
-    each row alone, so they commute with the copy: the logits are computed once, at frame t-1, and two numbers per
-    token are carried instead of C.
-    """
-
-    row_distance: Tensor
-    column_distance: Tensor
-    row_pool: Tensor
-    column_pool: Tensor
-
-    def __init__(self, dim: int, patch_grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.predictor = KeepPredictor(dim, dim // 2)
-        for name, size in zip(("row", "column"), patch_grid, strict=True):
-            self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
-            self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, POOL_RADIUS), persistent=False)
-
-    def association(self, tokens: Tensor, state: State) -> Tensor:
-        """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
-        bias = selection.distance_bias(self.row_distance, self.column_distance)
-        return selection.association_logits(tokens, state.keys, state.kept, bias)
-
-    def smooth(self, scores: Tensor) -> Tensor:
-        """Mean of the scores [B, N] over 9 x 9 patches."""
-        return selection.smooth_scores(scores, self.row_pool, self.column_pool)
-
-    def forward(self, tokens: Tensor, state: State) -> Tensor:
-        """Ranking score [B, N], fp32, of tokens [B, N, C]."""
-        matches = self.association(tokens, state).argmax(dim=2)
-        return self.smooth(selection.gather_tokens(selection.keep_score(state.keep_logits), matches))
 
 
 class MaskHead(nn.Module):
@@ -150,7 +73,7 @@ class MaskHead(nn.Module):
         return self.classify(queries), logits
 
 
-class VppEo(nn.Module):
+class VppEo(PrunedHost):
     """Encoder-only VPP network for one image size.
 
     Args:
@@ -159,6 +82,9 @@ class VppEo(nn.Module):
     Raises:
         ImageSizeError: The patch size does not divide the image size.
     """
+
+    state_type = State
+    dense_state = ("queries",)
 
     def __init__(self, config: VppEoConfig) -> None:
         super().__init__()
@@ -174,11 +100,6 @@ class VppEo(nn.Module):
         self.query_update = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim))
         self.mask_head = MaskHead(config, self.patch_grid)
         self._init_weights()
-
-    @property
-    def patch_count(self) -> int:
-        """Patch tokens N of one image."""
-        return self.patch_grid[0] * self.patch_grid[1]
 
     def _init_weights(self) -> None:
         dim, size = self.config.embed_dim, self.config.patch_size
@@ -233,60 +154,20 @@ class VppEo(nn.Module):
             if number in config.stage_blocks and mode is not Selection.NONE:
                 stage = config.stage_blocks.index(number)
                 keys = subset.tokens if stage == 0 else keys
-                subset = subset.keep(self._choose(stage, subset, state, token_budget, mode), stage)
+                subset = subset.keep(self.choose(stage, subset, state, token_budget, mode), stage)
                 patches = subset.tokens.shape[1]
             tokens = torch.cat([subset.tokens, queries], dim=1) if number >= config.query_block else subset.tokens
             tokens = block(tokens)
             subset = subset.updated(tokens[:, :patches])
             queries = tokens[:, patches:] if number >= config.query_block else queries
             if number == config.prior_block and mode is not Selection.NONE:
-                keep_logits, prior_kept = self._prior(subset)
+                keep_logits, prior_kept = self.prior(subset)
 
         class_logits, mask_logits = self.mask_head(subset.merged(), queries)
         next_state = State(keys, keep_logits, prior_kept, self.next_queries(queries))
-        kept_stages = subset.kept_stages if mode is not Selection.NONE else subset.kept_stages + config.stages
-        tokens_kept = (kept_stages.unsqueeze(2) > torch.arange(config.stages, device=image.device)).sum(1)
-        return Outputs(class_logits, mask_logits, kept_stages, tokens_kept, _state_ok(next_state, mode)), next_state
-
-    def stage_scores(self, stage: int, tokens: Tensor, state: State) -> Tensor:
-        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
-        if stage == 0:
-            return self.map_selector(tokens, state)
-        return selection.keep_score(self.selectors[stage - 1](tokens))
-
-    def _choose(
-        self, stage: int, subset: TokenSubset, state: State, token_budget: Tensor | None, mode: Selection
-    ) -> Tensor:
-        """Positions int64 [B, K] within the subset's tokens that stay."""
-        scores = self.stage_scores(stage, subset.tokens, state)
-        if mode is Selection.THRESHOLD and stage > 0:
-            return selection.kept_tokens(scores)
-        return selection.top_tokens(scores, _count(token_budget[stage], subset.tokens.shape[1]))
-
-    def _prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
-        """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""
-        logits = self.map_selector.predictor(subset.tokens)
-        if subset.indices is None:
-            return logits, torch.ones_like(logits[..., 0], dtype=torch.bool)
-        dense = logits.new_zeros(*subset.kept_stages.shape, 2)
-        return selection.scatter_tokens(dense, subset.indices, logits), subset.kept_stages > self.config.prior_stage
-
-
-def _count(entry: Tensor, available: int) -> int:
-    """A budget entry as a size that stays dynamic in the exported graph."""
-    count = entry.item()
-    torch._check(count >= 1)
-    torch._check(count <= available)
-    return count
-
-
-def _state_ok(state: State, mode: Selection) -> Tensor:
-    """Finite and not empty, bool [B]. A sum is NaN or infinite if one of its terms is."""
-    total = state.queries.float().sum((1, 2))
-    if mode is Selection.NONE:
-        return total.abs() < float("inf")
-    total = total + state.keys.float().sum((1, 2)) + state.keep_logits.float().sum((1, 2))
-    return (total.abs() < float("inf")) & state.kept.any(1)
+        kept_stages, tokens_kept = self.token_counts(subset, mode)
+        ok = state_ok(next_state, next_state.queries, mode)
+        return Outputs(class_logits, mask_logits, kept_stages, tokens_kept, ok), next_state
 
 
 def patch_grid(config: VppEoConfig) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def micro_bundle(shared_folder: Path, micro_checkpoint: Path) -> Path:
 def threshold_bundle(shared_folder: Path, micro_checkpoint: Path) -> Path:
     """The same in ``threshold`` mode."""
     from export.bundle_writer import ExportRequest, export_bundle
-    from models.vpp_eo import Selection
+    from models.pruned_host import Selection
 
     request = ExportRequest(
         micro_checkpoint, shared_folder / "threshold-bundle", selection=Selection.THRESHOLD, baseline=False

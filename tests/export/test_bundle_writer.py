@@ -18,7 +18,7 @@ import pytest
 
 from export import bundle_writer
 from export.bundle_writer import ExportRequest, export_bundle, replace_folder
-from models.vpp_eo import Selection
+from models.pruned_host import Selection
 from runtime.bundle import load_bundle
 from runtime.errors import ExportMismatchError, SinkError
 

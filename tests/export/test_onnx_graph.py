@@ -19,7 +19,8 @@ from export.check import Oracle
 from export.onnx_graph import STATE_NAMES, export_graph, step_interface
 from export.reference import synthetic_frames
 from models.configs import config_by_name
-from models.vpp_eo import Selection, State, VppEo
+from models.pruned_host import Selection
+from models.vpp_eo import State, VppEo
 from runtime.backend import load_engine
 from runtime.budget import reset_budget
 from runtime.bundle import load_bundle

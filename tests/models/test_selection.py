@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import selection
-from models.vpp_eo import MapSelector, State
+from models.pruned_host import MapSelector
+from models.vpp_eo import State
 
 GRIDS = [(1, 1), (1, 7), (6, 10), (9, 16), (34, 60)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.configs import CONFIGS, config_by_name
-from models.vpp_eo import Selection, State, VppEo, at_image_size, patch_grid
+from models.pruned_host import Selection
+from models.vpp_eo import State, VppEo, at_image_size, patch_grid
 from runtime.budget import token_budget
 from runtime.errors import ImageSizeError
 

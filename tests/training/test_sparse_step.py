@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models.configs import CONFIGS
+from models.pruned_host import Selection
 from models.training.sparse_step import masked_step
-from models.vpp_eo import Selection, State, VppEo
+from models.vpp_eo import State, VppEo
 from runtime.budget import reset_budget, token_budget
 
 torch.set_num_threads(1)  # 60 tokens: more threads only wait for each other

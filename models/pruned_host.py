@@ -1,0 +1,198 @@
+"""What all hosts of Video Patch Pruning share: the selectors, how a stage chooses, and the prior for the next frame.
+
+Source: arXiv:2604.00827; a host is the network around it, e.g. :mod:`models.vpp_eo` or :mod:`models.vpp_rovis`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models import selection
+from models.token_subset import TokenSubset
+from models.vit import Mlp
+
+POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
+
+
+class Selection(str, Enum):
+    """How a selection stage decides."""
+
+    BUDGET = "budget"  # the K highest scores at every stage, K from ``token_budget``
+    THRESHOLD = "threshold"  # Map-SM by K; the selective modules keep where the keep logit wins (published)
+    NONE = "none"  # no selection operator at all: the dense network
+
+
+class Prior(Protocol):
+    """The part of a host's state that Map-SM reads.
+
+    Attributes:
+        keys: Tokens before the first pruned block, [B, N, C].
+        keep_logits: Keep and drop logit of each token's deep features, [B, N, 2]; zero where not kept.
+        kept: Tokens that were still computed at the prior block, bool [B, N].
+    """
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, N, C]."""
+
+    @property
+    def keep_logits(self) -> Tensor:
+        """[B, N, 2]."""
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [B, N]."""
+
+
+class Outputs(NamedTuple):
+    """What one frame gives, whatever the host.
+
+    Attributes:
+        class_logits: [B, Q, classes + 1]; the last is "no object".
+        mask_logits: [B, Q, H / 4, W / 4]; a pixel belongs to the query where it is positive.
+        kept_stages: int64 [B, N], selection stages that each token passed, 0..S.
+        tokens_kept: int64 [B, S], tokens that each stage kept.
+        state_ok: bool [B], the next state is finite and keeps at least one token.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    kept_stages: Tensor
+    tokens_kept: Tensor
+    state_ok: Tensor
+
+
+class KeepPredictor(nn.Module):
+    """Two logits per token, keep and drop, from its features."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, K, C] -> [B, K, 2]."""
+        return self.mlp(self.norm(x))
+
+
+class MapSelector(nn.Module):
+    """Map-SM: each token takes the keep logits of the most similar token of the frame before.
+
+    The published module copies deep features along the association and then applies LayerNorm and MLP. Both act on
+    each row alone, so they commute with the copy: the logits are computed once, at frame t-1, and two numbers per
+    token are carried instead of C.
+    """
+
+    row_distance: Tensor
+    column_distance: Tensor
+    row_pool: Tensor
+    column_pool: Tensor
+
+    def __init__(self, dim: int, patch_grid: tuple[int, int], hidden: int | None = None) -> None:
+        super().__init__()
+        self.predictor = KeepPredictor(dim, dim // 2 if hidden is None else hidden)
+        for name, size in zip(("row", "column"), patch_grid, strict=True):
+            self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
+            self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, POOL_RADIUS), persistent=False)
+
+    def association(self, tokens: Tensor, state: Prior) -> Tensor:
+        """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
+        bias = selection.distance_bias(self.row_distance, self.column_distance)
+        return selection.association_logits(tokens, state.keys, state.kept, bias)
+
+    def smooth(self, scores: Tensor) -> Tensor:
+        """Mean of the scores [B, N] over 9 x 9 patches."""
+        return selection.smooth_scores(scores, self.row_pool, self.column_pool)
+
+    def forward(self, tokens: Tensor, state: Prior) -> Tensor:
+        """Ranking score [B, N], fp32, of tokens [B, N, C]."""
+        matches = self.association(tokens, state).argmax(dim=2)
+        return self.smooth(selection.gather_tokens(selection.keep_score(state.keep_logits), matches))
+
+
+class PrunedHost(nn.Module):
+    """A network with a Map-SM and selective modules; one step is a pure function of image, state and budget.
+
+    A subclass builds ``map_selector`` and ``selectors`` and has a ``config`` that names the blocks of the stages.
+
+    Attributes:
+        state_type: Named tuple of what one frame leaves to the next; has the fields of :class:`Prior`.
+        outputs_type: Named tuple of what one frame gives; has the fields of :class:`Outputs`.
+        dense_state: Fields of the state that the network carries without any selection.
+        host_state: Fields that the program around the graph writes between two frames, each with the output that it
+            takes them from, or None.
+    """
+
+    state_type: ClassVar[Any]
+    outputs_type: ClassVar[Any] = Outputs
+    dense_state: ClassVar[tuple[str, ...]]
+    host_state: ClassVar[dict[str, str | None]] = {}
+    config: Any
+    patch_grid: tuple[int, int]
+    map_selector: MapSelector
+    selectors: nn.ModuleList
+
+    @property
+    def patch_count(self) -> int:
+        """Patch tokens N of one image."""
+        return self.patch_grid[0] * self.patch_grid[1]
+
+    def initial_state(self, batch: int) -> Any:
+        """The state of a stream that has seen nothing."""
+        raise NotImplementedError
+
+    def stage_scores(self, stage: int, tokens: Tensor, state: Prior) -> Tensor:
+        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
+        if stage == 0:
+            return self.map_selector(tokens, state)
+        return selection.keep_score(self.selectors[stage - 1](tokens))
+
+    def choose(
+        self, stage: int, subset: TokenSubset, state: Prior, token_budget: Tensor | None, mode: Selection
+    ) -> Tensor:
+        """Positions int64 [B, K] within the subset's tokens that stay."""
+        scores = self.stage_scores(stage, subset.tokens, state)
+        if mode is Selection.THRESHOLD and stage > 0:
+            return selection.kept_tokens(scores)
+        assert token_budget is not None
+        return selection.top_tokens(scores, _count(token_budget[stage], subset.tokens.shape[1]))
+
+    def prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
+        """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""
+        logits = self.map_selector.predictor(subset.tokens)
+        if subset.indices is None:
+            return logits, torch.ones_like(logits[..., 0], dtype=torch.bool)
+        dense = logits.new_zeros(*subset.kept_stages.shape, 2)
+        return selection.scatter_tokens(dense, subset.indices, logits), subset.kept_stages > self.config.prior_stage
+
+    def token_counts(self, subset: TokenSubset, mode: Selection) -> tuple[Tensor, Tensor]:
+        """``kept_stages`` and ``tokens_kept`` of :class:`Outputs`; without selection every token passes every stage."""
+        stages = self.config.stages
+        kept_stages = subset.kept_stages if mode is not Selection.NONE else subset.kept_stages + stages
+        counts = (kept_stages.unsqueeze(2) > torch.arange(stages, device=kept_stages.device)).sum(1)
+        return kept_stages, counts
+
+
+def state_ok(state: Prior, carried: Tensor, mode: Selection) -> Tensor:
+    """Finite and not empty, bool [B]. A sum is NaN or infinite if one of its terms is.
+
+    Args:
+        carried: What else goes to the next frame, [B, Q, C].
+    """
+    total = carried.float().sum((1, 2))
+    if mode is Selection.NONE:
+        return total.abs() < float("inf")
+    total = total + state.keys.float().sum((1, 2)) + state.keep_logits.float().sum((1, 2))
+    return (total.abs() < float("inf")) & state.kept.any(1)
+
+
+def _count(entry: Tensor, available: int) -> int:
+    """A budget entry as a size that stays dynamic in the exported graph."""
+    count = entry.item()
+    torch._check(count >= 1)
+    torch._check(count <= available)
+    return count

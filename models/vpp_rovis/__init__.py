@@ -1,0 +1,1 @@
+"""The published Video Patch Pruning network: ViT-Adapter, Mask2Former, RO-VIS track queries; plain PyTorch."""
