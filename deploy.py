@@ -234,8 +234,11 @@ def inspect(
     _say(f"classes: {', '.join(manifest.classes)}")
     _say(f"from {manifest.origin.checkpoint}, weights {manifest.origin.weights_sha256[:16]}")
     tensors = _table("tensor", "dtype", "shape", "state")
-    partner = {pair.input: f"from {pair.output}" for pair in manifest.graph.state}
-    partner |= {pair.output: f"to {pair.input}" for pair in manifest.graph.state}
+    partner = {
+        pair.input: f"from {pair.output}" if pair.update == "graph" else "written by the tracker"
+        for pair in manifest.graph.state
+    }
+    partner |= {pair.output: f"to {pair.input}" for pair in manifest.graph.state if pair.output}
     for kind, specs in (("in", manifest.graph.inputs), ("out", manifest.graph.outputs)):
         for spec in specs:
             shape = " x ".join(map(str, spec.shape))

@@ -16,16 +16,15 @@ from tempfile import mkdtemp
 import numpy as np
 
 from export.check import Parity, check_parity
-from export.onnx_graph import DEFAULT_OPSET, STATE_NAMES, export_graph
+from export.onnx_graph import DEFAULT_OPSET, export_graph, initial_rows, state_name
 from export.reference import FRAMES, synthetic_frames, write_reference
-from models.checkpoints import load_checkpoint, weight_hash
-from models.pruned_host import Selection
-from models.vpp_eo import VppEo, at_image_size
+from models.checkpoints import load_host, weight_hash
+from models.pruned_host import PrunedHost, Selection
 from runtime.backend import load_engine
 from runtime.budget import token_budget, validate_budget
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
-from runtime.errors import SinkError
-from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin, TrackerSettings
+from runtime.errors import CheckpointError, SinkError
+from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin
 
 PRESET_RATIOS = (0.40, 0.55, 0.70, 1.0)
 
@@ -68,8 +67,13 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         SinkError: The bundle cannot be written.
     """
     report("read checkpoint")
-    model = load_checkpoint(request.checkpoint, request.model)
-    model = at_image_size(model, request.image_size or model.config.image_size)
+    model = load_host(request.checkpoint, request.model)
+    if not model.has_selectors and request.selection is not Selection.NONE:
+        raise CheckpointError(
+            f"{request.checkpoint} is a dense checkpoint: it has no selectors. Export it with --dense, or take the "
+            "checkpoint of the sparse stage."
+        )
+    model = model.at_image_size(request.image_size or model.config.image_size)
     presets, default = _presets(model, request)
     target = Path(os.path.realpath(request.output))  # of a link, what it points to
     _check_replaceable(target)
@@ -121,7 +125,7 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _presets(model: VppEo, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
+def _presets(model: PrunedHost, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
     count, stages = model.patch_count, model.config.stages
     if request.selection is Selection.NONE:
         return {"1.00": (count,) * stages}, "1.00"
@@ -139,7 +143,7 @@ def _preset_name(keep_ratio: float) -> str:
 
 
 def _fill(
-    model: VppEo,
+    model: PrunedHost,
     request: ExportRequest,
     folder: Path,
     presets: dict[str, tuple[int, ...]],
@@ -153,7 +157,8 @@ def _fill(
     if request.baseline and request.selection is not Selection.NONE:
         report("export dense baseline")
         baseline = export_graph(model, folder / "dense.onnx", Selection.NONE, request.opset)
-    np.savez(folder / INITIAL_STATE_FILE, **{STATE_NAMES["queries"]: model.queries.detach().numpy()})
+    initial = {state_name(field): row.numpy() for field, row in initial_rows(model).items()}
+    np.savez(folder / INITIAL_STATE_FILE, **initial)
     report("write reference vectors")
     write_reference(model, folder / REFERENCE_FILE, presets[default], request.selection)
     manifest = _manifest(model, request, folder, presets, default, graph, baseline)
@@ -162,7 +167,7 @@ def _fill(
 
 
 def _check(
-    model: VppEo, request: ExportRequest, folder: Path, usual: tuple[int, ...], report: Callable[[str], None]
+    model: PrunedHost, request: ExportRequest, folder: Path, usual: tuple[int, ...], report: Callable[[str], None]
 ) -> dict[str, Parity]:
     """Parity with torch at the smallest, the usual and the largest budget."""
     bundle = load_bundle(folder)
@@ -184,7 +189,7 @@ def _check(
 
 
 def _manifest(
-    model: VppEo,
+    model: PrunedHost,
     request: ExportRequest,
     folder: Path,
     presets: dict[str, tuple[int, ...]],
@@ -207,7 +212,7 @@ def _manifest(
         default_preset=default,
         graph=graph,
         baseline=baseline,
-        tracker=TrackerSettings(),
+        tracker=model.tracker_settings(),
         precision="fp32",
         opset=request.opset,
         origin=Origin(

@@ -7,68 +7,74 @@ running on the graph's own choice.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.onnx_graph import STATE_NAMES, budget_entries, step_interface
-from models.pruned_host import Outputs, Selection
+from export.onnx_graph import budget_entries, state_name, step_interface
+from models.pruned_host import Prior, PrunedHost, Selection
 from models.selection import gather_tokens
 from models.token_subset import TokenSubset
-from models.vpp_eo import State, VppEo
 from runtime.backend import Engine
 from runtime.budget import reset_budget
 from runtime.errors import ExportMismatchError
 from runtime.parity import TIE_MARGIN, FrameParity, compare_frame
 
 
-class Oracle(VppEo):
-    """The network in torch, that notes its scores and can be told which tokens to keep."""
+class Oracle:
+    """A copy of a host in torch, that notes its scores and can be told which tokens to keep.
 
-    scores: list[NDArray[np.float32]]
-    forced: Tensor | None = None  # kept_stages int64 [B, N]
-    tied_match = False
+    Attributes:
+        scores: For each stage of the last step, the score of each token it chose from [1, N]; others NaN.
+        tied_match: In the last step some token had two keys of the frame before equally similar, within the margin.
+    """
 
-    @classmethod
-    def of(cls, model: VppEo) -> Oracle:
-        """An oracle with the weights of ``model``."""
-        oracle = cls(model.config)
-        oracle.load_state_dict(model.state_dict())
-        return oracle.eval()
+    def __init__(self, model: PrunedHost) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self._choose = self.model.choose
+        self.model.choose = self._note_and_choose  # type: ignore[method-assign]
+        self.scores: list[NDArray[np.float32]] = []
+        self.tied_match = False
+        self._forced: Tensor | None = None  # kept_stages int64 [B, N]
 
     def run(
-        self, image: Tensor, state: State, budget: tuple[int, ...], mode: Selection, forced: Tensor | None = None
-    ) -> tuple[Outputs, State]:
-        """One step; ``scores`` then holds, for each stage, the score of each token it chose from (others NaN)."""
-        self.scores, self.forced = [], forced
-        self.tied_match = mode is not Selection.NONE and self._has_tied_match(image, state)
-        with torch.no_grad():
-            return self(image, state, torch.tensor(budget), mode)
+        self, image: Tensor, state: Any, budget: tuple[int, ...], mode: Selection, forced: Tensor | None = None
+    ) -> tuple[Any, Any]:
+        """One step, with the next state as a tracker would hand it on.
 
-    def _has_tied_match(self, image: Tensor, state: State) -> bool:
-        """Whether some token has two keys of the frame before that are equally similar, within the margin."""
+        Args:
+            forced: ``kept_stages`` int64 [B, N] to follow instead of the scores.
+        """
+        self.scores, self._forced, self.tied_match = [], forced, False
         with torch.no_grad():
-            tokens = self.blocks[0](self.embed(image)) if self.config.map_block == 1 else self.embed(image)
-            best = self.map_selector.association(tokens, state).topk(2, dim=2).values
-        gap, finite = best[..., 0] - best[..., 1], torch.isfinite(best).all(2)
-        return bool((finite & (gap <= TIE_MARGIN * best[..., 0].abs().max())).any())
+            outputs, next_state = self.model(image, state, torch.tensor(budget), mode)
+        return outputs, self.model.example_tracks(outputs, next_state)
 
-    def _choose(
-        self, stage: int, subset: TokenSubset, state: State, token_budget: Tensor | None, mode: Selection
+    def _note_and_choose(
+        self, stage: int, subset: TokenSubset, state: Prior, token_budget: Tensor | None, mode: Selection
     ) -> Tensor:
-        scores = self.stage_scores(stage, subset.tokens, state)
+        scores = self.model.stage_scores(stage, subset.tokens, state)
         dense = scores.new_full(subset.kept_stages.shape, float("nan"))
         self.scores.append(
             (scores if subset.indices is None else dense.scatter(1, subset.indices, scores)).numpy().astype(np.float32)
         )
-        if self.forced is None:
-            return super()._choose(stage, subset, state, token_budget, mode)
-        stages = self.forced if subset.indices is None else gather_tokens(self.forced, subset.indices)
+        if stage == 0:
+            self.tied_match = self._has_tied_match(subset.tokens, state)
+        if self._forced is None:
+            return self._choose(stage, subset, state, token_budget, mode)
+        stages = self._forced if subset.indices is None else gather_tokens(self._forced, subset.indices)
         return torch.stack([(row > stage).nonzero().flatten() for row in stages])
+
+    def _has_tied_match(self, tokens: Tensor, state: Prior) -> bool:
+        best = self.model.map_selector.association(tokens, state).topk(2, dim=2).values
+        gap, finite = best[..., 0] - best[..., 1], torch.isfinite(best).all(2)
+        return bool((finite & (gap <= TIE_MARGIN * best[..., 0].abs().max())).any())
 
 
 @dataclass
@@ -89,7 +95,7 @@ class Parity:
 
 
 def check_parity(
-    model: VppEo,
+    model: PrunedHost,
     engine: Engine,
     frames: Iterable[NDArray[np.uint8]],
     budget: tuple[int, ...],
@@ -106,25 +112,25 @@ def check_parity(
         ExportMismatchError: A difference beyond the tolerance, with the frame and the tensor.
     """
     mode = Selection(engine.graph.selection)
-    oracle, parity = Oracle.of(model), Parity()
+    oracle, parity = Oracle(model), Parity()
     state = model.initial_state(1)
     buffers = engine.open_stream()
     for index, frame in enumerate(frames):
         used = reset_budget(budget, model.patch_count) if index == 0 else budget
         image = torch.from_numpy(frame)[None]
-        buffers.set_state(_named(state, mode))
+        buffers.set_state(named_state(model, state, mode))
         buffers.image[0] = frame
         got = {name: np.array(value) for name, value in buffers.run(used).items()}
         buffers.commit()
         got |= {f"next_{name}": value for name, value in buffers.state().items()}
         outputs, next_state = oracle.run(image, state, used, mode)
         scores, tied = oracle.scores, oracle.tied_match
-        want = _reference(outputs, next_state, mode)
+        want = _reference(model, outputs, next_state, mode)
         if not np.array_equal(got["kept_stages"], want["kept_stages"]) and mode is not Selection.NONE:
             forced = torch.from_numpy(got["kept_stages"])
             want |= {
                 name: value
-                for name, value in _reference(*oracle.run(image, state, used, mode, forced), mode).items()
+                for name, value in _reference(model, *oracle.run(image, state, used, mode, forced), mode).items()
                 if name not in ("kept_stages", "tokens_kept")
             }
         counted = used[: budget_entries(model, mode)]
@@ -136,10 +142,13 @@ def check_parity(
     return parity
 
 
-def _named(state: State, mode: Selection) -> dict[str, NDArray[np.generic]]:
-    return {STATE_NAMES[name]: getattr(state, name).numpy() for name in step_interface(mode).state}
+def named_state(model: PrunedHost, state: Any, mode: Selection) -> dict[str, NDArray[np.generic]]:
+    """The state as a graph of this mode takes it, by input name."""
+    return {state_name(field): getattr(state, field).numpy() for field in step_interface(model, mode).state}
 
 
-def _reference(outputs: Outputs, state: State, mode: Selection) -> dict[str, NDArray[np.generic]]:
+def _reference(model: PrunedHost, outputs: Any, state: Any, mode: Selection) -> dict[str, NDArray[np.generic]]:
+    """What the graph has to give: all outputs, and the part of the next state that the graph writes."""
     named = {name: value.numpy() for name, value in outputs._asdict().items()}
-    return named | {f"next_{name}": value for name, value in _named(state, mode).items()}
+    carried = {state_name(field) for field in step_interface(model, mode).carried}
+    return named | {f"next_{name}": value for name, value in named_state(model, state, mode).items() if name in carried}

@@ -11,49 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.pruned_host import Outputs, Selection
-from models.vpp_eo import State, VppEo
+from models.pruned_host import PrunedHost, Selection
 from runtime.manifest import DType, GraphSpec, StatePair, TensorSpec
 
 DEFAULT_OPSET = 20  # the first with Gelu as one operator; ONNX Runtime does not fuse the decomposed one from torch
-STATE_NAMES = {name: f"prior.{name}" for name in State._fields}
 _DTYPES: dict[torch.dtype, DType] = {
     torch.uint8: "uint8", torch.int64: "int64", torch.bool: "bool", torch.float32: "float32"
 }  # fmt: skip
 
 
+def state_name(field: str) -> str:
+    """Name of the graph's input for a field of the state."""
+    return f"prior.{field}"
+
+
 @dataclass(frozen=True)
 class StepInterface:
-    """Which tensors a graph takes and gives, in order, for one way of selecting.
+    """Which tensors a graph takes and gives, in order, for one host and one way of selecting.
 
     Attributes:
-        state: Fields of :class:`State` that the graph carries; the dense network carries its queries alone.
+        state: Fields of the host's state that the graph takes.
+        carried: Those of them that the graph also gives, for the next frame; the program around it writes the others.
+        outputs: Fields of the host's outputs.
     """
 
     selection: Selection
     state: tuple[str, ...]
+    carried: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     @property
     def input_names(self) -> list[str]:
         """Names of the graph's inputs."""
         budget = [] if self.selection is Selection.NONE else ["token_budget"]
-        return ["image", *(STATE_NAMES[name] for name in self.state), *budget]
+        return ["image", *map(state_name, self.state), *budget]
 
     @property
     def output_names(self) -> list[str]:
         """Names of the graph's outputs."""
-        return [*Outputs._fields, *(f"next_{STATE_NAMES[name]}" for name in self.state)]
+        return [*self.outputs, *(f"next_{state_name(field)}" for field in self.carried)]
 
 
-def step_interface(selection: Selection) -> StepInterface:
-    """The interface of a graph that selects in this way."""
-    return StepInterface(selection, ("queries",) if selection is Selection.NONE else State._fields)
+def step_interface(model: PrunedHost, selection: Selection) -> StepInterface:
+    """The interface of a graph of this host that selects in this way."""
+    state = model.dense_state if selection is Selection.NONE else model.state_type._fields
+    carried = tuple(field for field in state if field not in model.host_state)
+    return StepInterface(selection, state, carried, model.outputs_type._fields)
 
 
 class GraphStep(nn.Module):
     """The step with flat inputs and outputs, as a graph has them."""
 
-    def __init__(self, model: VppEo, interface: StepInterface) -> None:
+    def __init__(self, model: PrunedHost, interface: StepInterface) -> None:
         super().__init__()
         self.model, self.interface = model, interface
 
@@ -63,10 +72,10 @@ class GraphStep(nn.Module):
         """Run one step; ``state`` holds the fields of the interface, in its order."""
         full = self.model.initial_state(1)._replace(**dict(zip(self.interface.state, state, strict=True)))
         outputs, next_state = self.model(image, full, token_budget, self.interface.selection)
-        return (*outputs, *(getattr(next_state, name) for name in self.interface.state))
+        return (*outputs, *(getattr(next_state, name) for name in self.interface.carried))
 
 
-def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DEFAULT_OPSET) -> GraphSpec:
+def export_graph(model: PrunedHost, path: Path, selection: Selection, opset: int = DEFAULT_OPSET) -> GraphSpec:
     """Write the step as one ONNX file with a dynamic batch and, in ``BUDGET`` mode, dynamic token counts.
 
     Args:
@@ -77,7 +86,7 @@ def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DE
     Returns:
         The graph's tensors and state pairs.
     """
-    interface = step_interface(selection)
+    interface = step_interface(model, selection)
     # a batch of one is taken for a constant; nonzero in THRESHOLD mode only knows a batch of one
     batch = 1 if selection is Selection.THRESHOLD else 2
     image, state, budget = example_inputs(model, interface, batch)
@@ -102,7 +111,7 @@ def export_graph(model: VppEo, path: Path, selection: Selection, opset: int = DE
     return graph_spec(model, path.name, interface)
 
 
-def example_inputs(model: VppEo, interface: StepInterface, batch: int) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+def example_inputs(model: PrunedHost, interface: StepInterface, batch: int) -> tuple[Tensor, tuple[Tensor, ...], Any]:
     """Inputs of one step, of the right shapes: a grey image, the initial state, half of the tokens."""
     height, width = model.config.image_size
     image = torch.full((batch, height, width, 3), 128, dtype=torch.uint8)
@@ -112,12 +121,12 @@ def example_inputs(model: VppEo, interface: StepInterface, batch: int) -> tuple[
     return image, state, None if interface.selection is Selection.NONE else budget
 
 
-def budget_entries(model: VppEo, selection: Selection) -> int:
+def budget_entries(model: PrunedHost, selection: Selection) -> int:
     """Length of the graph's ``token_budget``: in THRESHOLD mode only Map-SM counts its tokens."""
     return 1 if selection is Selection.THRESHOLD else model.config.stages
 
 
-def graph_spec(model: VppEo, file: str, interface: StepInterface) -> GraphSpec:
+def graph_spec(model: PrunedHost, file: str, interface: StepInterface) -> GraphSpec:
     """Names, dtypes and shapes of a graph, read off one run of the model."""
     image, state, budget = example_inputs(model, interface, 1)
     step = GraphStep(model, interface)
@@ -129,15 +138,21 @@ def graph_spec(model: VppEo, file: str, interface: StepInterface) -> GraphSpec:
         selection=interface.selection.value,
         inputs=tuple(_spec(*pair) for pair in zip(interface.input_names, inputs, strict=True)),
         outputs=tuple(_spec(*pair) for pair in zip(interface.output_names, results, strict=True)),
-        state=tuple(
-            StatePair(
-                input=STATE_NAMES[name],
-                output=f"next_{STATE_NAMES[name]}",
-                initial="file" if name == "queries" else "zeros",
-            )
-            for name in interface.state
-        ),
+        state=tuple(_pair(model, field) for field in interface.state),
     )
+
+
+def _pair(model: PrunedHost, field: str) -> StatePair:
+    initial = "file" if field in initial_rows(model) else "zeros"
+    if field in model.host_state:
+        return StatePair(input=state_name(field), output=model.host_state[field], update="host", initial=initial)
+    return StatePair(input=state_name(field), output=f"next_{state_name(field)}", initial=initial)
+
+
+def initial_rows(model: PrunedHost) -> dict[str, Tensor]:
+    """Fields of the state in which a new stream does not start from zeros, without the batch axis."""
+    state = model.initial_state(1)._asdict()
+    return {field: value[0] for field, value in state.items() if value.any()}
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.check import Oracle
-from export.onnx_graph import STATE_NAMES, step_interface
-from models.pruned_host import Selection
-from models.vpp_eo import VppEo
+from export.check import Oracle, named_state
+from models.pruned_host import PrunedHost, Selection
 from runtime.budget import reset_budget
 from runtime.reference import MASK_STRIDE
 
@@ -35,17 +33,16 @@ def synthetic_frames(image_size: tuple[int, int], count: int = FRAMES, seed: int
         yield (np.stack(channels, axis=-1) * 30 + 128).clip(0, 255).astype(np.uint8)
 
 
-def write_reference(model: VppEo, path: Path, budget: tuple[int, ...], mode: Selection) -> None:
+def write_reference(model: PrunedHost, path: Path, budget: tuple[int, ...], mode: Selection) -> None:
     """Run torch over the synthetic clip and write inputs, state, scores and outputs of every frame.
 
     Mask logits are stored at every ``MASK_STRIDE``-th row and column.
     """
-    oracle, state = Oracle.of(model), model.initial_state(1)
+    oracle, state = Oracle(model), model.initial_state(1)
     arrays: dict[str, NDArray[np.generic]] = {"frames": np.array(FRAMES)}
     for t, frame in enumerate(synthetic_frames(model.config.image_size)):
         used = reset_budget(budget, model.patch_count) if t == 0 else budget
-        fields = step_interface(mode).state
-        arrays |= {f"{t}.state.{STATE_NAMES[name]}": getattr(state, name).numpy() for name in fields}
+        arrays |= {f"{t}.state.{name}": value for name, value in named_state(model, state, mode).items()}
         outputs, state = oracle.run(torch.from_numpy(frame)[None], state, used, mode)
         arrays |= {f"{t}.image": frame, f"{t}.budget": np.array(used), f"{t}.tied_match": np.array(oracle.tied_match)}
         arrays |= {f"{t}.scores.{stage}": scores for stage, scores in enumerate(oracle.scores)}

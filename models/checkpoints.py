@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.configs import CONFIGS, VppEoConfig
+from models.pruned_host import PrunedHost
 from models.vpp_eo import VppEo, patch_grid
+from models.vpp_rovis.published import load_published
 from runtime.errors import CheckpointError
 
 _CONFIG_KEY = "config"
+PUBLISHED = "vpp-rovis"
 
 
 def save_checkpoint(model: VppEo, path: Path, *, half: bool = False, notes: dict[str, str] | None = None) -> None:
@@ -62,6 +65,18 @@ def load_checkpoint(path: Path, model_name: str | None = None) -> VppEo:
     _check_fit(path, model.state_dict(), weights)
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
+
+
+def load_host(path: Path, model_name: str | None = None) -> PrunedHost:
+    """Build the network of whatever host a checkpoint holds; see :func:`load_checkpoint`.
+
+    Args:
+        model_name: ``vpp-rovis`` for a released checkpoint of the published network.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint`.
+    """
+    return load_published(path) if model_name == PUBLISHED else load_checkpoint(path, model_name)
 
 
 def weight_hash(model: torch.nn.Module) -> str:
@@ -125,10 +140,11 @@ def _config(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], mo
         return config
     if model_name is None:
         raise CheckpointError(
-            f"{path} does not say which model it holds. Name it with --model, one of {', '.join(CONFIGS)}."
+            f"{path} does not say which model it holds. Name it with --model, one of "
+            f"{', '.join([*CONFIGS, PUBLISHED])}."
         )
     if model_name not in CONFIGS:
-        raise CheckpointError(f"no model is called {model_name!r}; there are {', '.join(CONFIGS)}.")
+        raise CheckpointError(f"no model is called {model_name!r}; there are {', '.join([*CONFIGS, PUBLISHED])}.")
     config = CONFIGS[model_name]
     head = weights.get("mask_head.classify.bias")
     if head is None or head.ndim != 1 or head.shape[0] < 2:

@@ -10,10 +10,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from models import selection
 from models.token_subset import TokenSubset
 from models.vit import Mlp
+from runtime.manifest import TrackerSettings, TrackQuerySettings
 
 POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
 
@@ -141,9 +143,30 @@ class PrunedHost(nn.Module):
         """Patch tokens N of one image."""
         return self.patch_grid[0] * self.patch_grid[1]
 
+    @property
+    def has_selectors(self) -> bool:
+        """Whether the weights of the selectors were trained; without them the network only runs dense."""
+        return True
+
     def initial_state(self, batch: int) -> Any:
         """The state of a stream that has seen nothing."""
         raise NotImplementedError
+
+    def at_image_size(self, image_size: tuple[int, int]) -> Self:
+        """A copy of the network for another image size (height, width).
+
+        Raises:
+            ImageSizeError: The network's strides do not divide the image size.
+        """
+        raise NotImplementedError
+
+    def tracker_settings(self) -> TrackerSettings | TrackQuerySettings:
+        """How the outputs become tracks, for the manifest."""
+        return TrackerSettings()
+
+    def example_tracks(self, outputs: Any, state: Any) -> Any:
+        """The next state as a tracker might hand it on, for checks of a graph; the same where the graph writes all."""
+        return state
 
     def stage_scores(self, stage: int, tokens: Tensor, state: Prior) -> Tensor:
         """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""

@@ -77,7 +77,7 @@ class VppEo(PrunedHost):
     """Encoder-only VPP network for one image size.
 
     Args:
-        config: Sizes; ``config.image_size`` fixes the patch grid, see :func:`at_image_size`.
+        config: Sizes; ``config.image_size`` fixes the patch grid, see :meth:`at_image_size`.
 
     Raises:
         ImageSizeError: The patch size does not divide the image size.
@@ -124,6 +124,18 @@ class VppEo(PrunedHost):
             kept=torch.zeros(batch, count, dtype=torch.bool, device=like.device),
             queries=like.expand(batch, -1, -1).clone(),
         )
+
+    def at_image_size(self, image_size: tuple[int, int]) -> VppEo:
+        """A copy of the network for another image size (height, width); its position embedding is resampled.
+
+        Raises:
+            ImageSizeError: The patch size does not divide the image size.
+        """
+        resized = VppEo(replace(self.config, image_size=image_size))
+        weights = dict(self.state_dict())
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], self.patch_grid, resized.patch_grid)
+        resized.load_state_dict(weights)
+        return resized.train(self.training)
 
     def embed(self, image: Tensor) -> Tensor:
         """uint8 image [B, H, W, 3] -> tokens [B, N, C]."""
@@ -185,16 +197,3 @@ def patch_grid(config: VppEoConfig) -> tuple[int, int]:
             f"{config.name}. The nearest that is: {nearest[0]} {nearest[1]}."
         )
     return height // size, width // size
-
-
-def at_image_size(model: VppEo, image_size: tuple[int, int]) -> VppEo:
-    """A copy of the network for another image size (height, width); its position embedding is resampled.
-
-    Raises:
-        ImageSizeError: The patch size does not divide the image size.
-    """
-    resized = VppEo(replace(model.config, image_size=image_size))
-    weights = dict(model.state_dict())
-    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.patch_grid, resized.patch_grid)
-    resized.load_state_dict(weights)
-    return resized.train(model.training)

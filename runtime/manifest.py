@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from runtime.budget import validate_budget
 from runtime.errors import BundleIntegrityError, BundleSchemaError, TokenBudgetError
@@ -38,14 +38,16 @@ class TensorSpec(_Strict):
 
 
 class StatePair(_Strict):
-    """A state tensor: the graph's output ``output`` of frame t-1 is its input ``input`` of frame t.
+    """A state tensor: what frame t-1 leaves to frame t in the graph's input ``input``.
 
-    ``initial`` says what a stream without a past feeds: zeros (False for bool), or the tensor of that name in
-    ``initial_state.npz``, one row that every stream starts from.
+    ``update`` says who writes it: ``graph``: the graph's output ``output`` of frame t-1 is the input of frame t;
+    ``host``: the tracker does, between the frames, from rows of ``output`` if that is given. ``initial`` says what a
+    stream without a past feeds: zeros (False for bool), or the tensor of that name in ``initial_state.npz``, one row
+    that every stream starts from.
     """
 
     input: str
-    output: str
+    output: str | None
     update: Literal["graph", "host"] = "graph"
     initial: Literal["zeros", "file"] = "zeros"
 
@@ -70,12 +72,21 @@ class GraphSpec(_Strict):
         inputs = {spec.name: spec for spec in self.inputs}
         outputs = {spec.name: spec for spec in self.outputs}
         for pair in self.state:
-            if pair.input not in inputs or pair.output not in outputs:
+            no_output = pair.output is None and pair.update == "host"
+            if pair.input not in inputs or not (no_output or pair.output in outputs):
                 raise ValueError(f"state pair {pair.input} -> {pair.output} names a tensor that the graph lacks")
+            if pair.output is None:
+                continue
             one, other = inputs[pair.input], outputs[pair.output]
-            if (one.dtype, one.shape) != (other.dtype, other.shape):
+            rows = slice(-1, None) if pair.update == "host" else slice(None)  # the tracker takes some of the rows
+            if (one.dtype, one.shape[rows]) != (other.dtype, other.shape[rows]):
                 raise ValueError(f"state pair {pair.input} -> {pair.output} differs in dtype or shape")
         return self
+
+    @property
+    def carried(self) -> tuple[StatePair, ...]:
+        """The state that the graph itself writes."""
+        return tuple(pair for pair in self.state if pair.update == "graph")
 
     @property
     def has_budget(self) -> bool:
@@ -88,19 +99,55 @@ class GraphSpec(_Strict):
 
 
 class TrackerSettings(_Strict):
-    """How query outputs become tracks.
+    """How query outputs become tracks where a query's index is an identity.
 
     Attributes:
+        kind: Name of this way of tracking.
         start_score: A query becomes a new track when it is an object, of any class, with this probability, in [0, 1].
         keep_score: A track goes on while that probability is at least this.
         patience: Frames that a track may stay below ``keep_score`` before it ends.
         duplicate_iou: Of two masks that overlap more than this, the lower score is dropped.
     """
 
+    kind: Literal["query-identity"] = "query-identity"
     start_score: Annotated[float, Field(ge=0, le=1)] = 0.65
     keep_score: Annotated[float, Field(ge=0, le=1)] = 0.45
     patience: Annotated[int, Field(ge=0)] = 5
     duplicate_iou: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
+class TrackQuerySettings(_Strict):
+    """How query outputs become tracks where the queries of tracks are handed on behind the learned ones (RO-VIS).
+
+    Attributes:
+        kind: Name of this way of tracking.
+        learned_queries: Queries before those that were handed on.
+        start_score: A learned query becomes a new track above this score, in [0, 1].
+        keep_score: A track goes on while its query is above this score.
+        track_iou: Of two tracks whose masks overlap more than this, the one with the lower score ends.
+        new_iou: A new mask that overlaps more than this with one that is shown already is dropped.
+    """
+
+    kind: Literal["track-queries"] = "track-queries"
+    learned_queries: Count
+    start_score: Annotated[float, Field(ge=0, le=1)] = 0.30
+    keep_score: Annotated[float, Field(ge=0, le=1)] = 0.25
+    track_iou: Annotated[float, Field(gt=0, le=1)] = 0.7
+    new_iou: Annotated[float, Field(gt=0, le=1)] = 0.4
+
+
+_TRACKER_KINDS = ("query-identity", "track-queries")
+
+
+def _tracker_kind(settings: Any) -> Any:
+    kind = settings.get("kind", _TRACKER_KINDS[0]) if isinstance(settings, dict) else getattr(settings, "kind", None)
+    return kind if isinstance(kind, str) else _TRACKER_KINDS[0]
+
+
+AnyTrackerSettings = Annotated[
+    Annotated[TrackerSettings, Tag(_TRACKER_KINDS[0])] | Annotated[TrackQuerySettings, Tag(_TRACKER_KINDS[1])],
+    Discriminator(_tracker_kind),
+]
 
 
 class Origin(_Strict):
@@ -140,7 +187,7 @@ class Manifest(_Strict):
     default_preset: str
     graph: GraphSpec
     baseline: GraphSpec | None
-    tracker: TrackerSettings
+    tracker: AnyTrackerSettings
     precision: Literal["fp32", "fp16", "bf16"]
     opset: Count
     origin: Origin
@@ -195,6 +242,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         lines = "\n".join(
-            f"  {'.'.join(str(part) for part in item['loc']) or 'manifest'}: {item['msg']}" for item in error.errors()
+            f"  {'.'.join(str(part) for part in item['loc'] if part not in _TRACKER_KINDS) or 'manifest'}: {item['msg']}"
+            for item in error.errors()
         )
         raise BundleIntegrityError(f"{path} is not a valid manifest:\n{lines}\nExport the bundle again.") from error

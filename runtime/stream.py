@@ -17,9 +17,11 @@ from runtime.backend import Engine, StreamBuffers
 from runtime.budget import reset_budget, token_budget, validate_budget
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
+from runtime.manifest import Manifest, TrackerSettings
 from runtime.resets import FAILED_STEP, FIRST_FRAME, NON_FINITE_STATE, RESOLUTION_CHANGE, ResetDetector, ResetSettings
 from runtime.results import FrameResult, Instances
-from runtime.tracks import Detections, Tracker
+from runtime.track_queries import TrackQueryTracker
+from runtime.tracks import Detections, ObjectTracker, Tracker
 from runtime.video.frame import Frame
 from runtime.video.letterbox import Letterbox
 
@@ -105,7 +107,7 @@ class Stream:
         self._letterbox: Letterbox | None = None  # of the last frame prepared
         self._last_letterbox: Letterbox | None = None  # of the last frame run
         self._detector = ResetDetector(resets)
-        self._tracker = Tracker(manifest.tracker)
+        self._tracker = make_tracker(manifest)
         self._frames = 0
         self.reset_counts: Counter[str] = Counter()
 
@@ -227,7 +229,10 @@ class Stream:
     ) -> Answer:
         class_logits = np.asarray(outputs["class_logits"][0], np.float32)
         mask_logits = np.asarray(outputs["mask_logits"][0], np.float32)
-        detections = self._tracker.update(class_logits, mask_logits)
+        queries = np.asarray(outputs["queries"][0], np.float32) if "queries" in outputs else None
+        detections = self._tracker.update(class_logits, mask_logits, queries)
+        if (written := self._tracker.next_state()) and self._buffers is not None:
+            self._buffers.set_state(written)
         header = FrameResult(
             frame_index=prepared.frame.index,
             timestamp_s=prepared.frame.timestamp_s,
@@ -239,6 +244,15 @@ class Stream:
             preprocess_ms=preprocess_ms,
         )
         return Answer(detections, mask_logits[detections.queries], prepared.letterbox, header)
+
+
+def make_tracker(manifest: Manifest) -> ObjectTracker:
+    """The tracker that a bundle asks for."""
+    settings = manifest.tracker
+    if isinstance(settings, TrackerSettings):
+        return Tracker(settings)
+    _, slots, query_dim = manifest.graph.input("prior.track_queries").shape_for(1)
+    return TrackQueryTracker(settings, slots, query_dim, manifest.image_size)
 
 
 def _check_picture(picture: object) -> None:

@@ -7,6 +7,7 @@ that it shows an object, of whatever class; the class is settled over the track'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,24 @@ class Detections:
     scores: NDArray[np.float32]
 
 
+class ObjectTracker(Protocol):
+    """Turns the outputs of one frame after the other into objects with track ids."""
+
+    def reset(self) -> None:
+        """End all tracks; ids go on."""
+
+    def update(
+        self,
+        class_logits: NDArray[np.float32],
+        mask_logits: NDArray[np.float32],
+        queries: NDArray[np.float32] | None = None,
+    ) -> Detections:
+        """Take one frame's outputs: [Q, classes + 1], [Q, h, w], and [Q, C] where the graph gives its queries."""
+
+    def next_state(self) -> dict[str, NDArray[np.generic]]:
+        """State that the tracker writes for the next frame, by input name."""
+
+
 @dataclass
 class _Track:
     track_id: int
@@ -50,14 +69,24 @@ class Tracker:
         """End all tracks; ids go on."""
         self._tracks.clear()
 
-    def update(self, class_logits: NDArray[np.float32], mask_logits: NDArray[np.float32]) -> Detections:
+    def next_state(self) -> dict[str, NDArray[np.generic]]:
+        """Nothing: the graph itself hands its queries on."""
+        return {}
+
+    def update(
+        self,
+        class_logits: NDArray[np.float32],
+        mask_logits: NDArray[np.float32],
+        queries: NDArray[np.float32] | None = None,
+    ) -> Detections:
         """Take one frame's outputs.
 
         Args:
             class_logits: [Q, classes + 1]; the last is "no object".
             mask_logits: [Q, h, w].
+            queries: Not needed.
         """
-        probability = _softmax(class_logits)
+        probability = softmax(class_logits)
         classes, objectness = probability[:, :-1], 1.0 - probability[:, -1]
         candidates = self._candidates(objectness)
         scores = np.zeros(len(classes), np.float32)
@@ -110,7 +139,8 @@ class Tracker:
         track.missed = 0
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities along the last axis of [Q, classes + 1]."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
 

@@ -34,7 +34,7 @@ from models.configs import config_by_name
 from models.training.losses import Identities, pairwise_cost, ratio_loss, set_loss
 from models.training.sparse_step import Trace, masked_step
 from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
-from models.vpp_eo import State, VppEo, at_image_size
+from models.vpp_eo import State, VppEo
 from runtime.budget import reset_budget, stage_ratios, token_budget
 from runtime.errors import CheckpointError, DeployError, SourceFormatError
 
@@ -346,7 +346,7 @@ def _start(recipe: Recipe, classes: tuple[str, ...]) -> VppEo:
     model = load_checkpoint(Path(recipe.init))
     if model.config.classes != classes:
         raise CheckpointError(f"{recipe.init} knows the classes {model.config.classes}, the data has {classes}.")
-    return at_image_size(model, recipe.size)
+    return model.at_image_size(recipe.size)
 
 
 def main(

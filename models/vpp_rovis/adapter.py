@@ -97,8 +97,9 @@ class ConvFfn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, sum(h * w), C] -> the same."""
-        maps = self.fc1(x).transpose(1, 2).split([height * width for height, width in self.shapes], dim=2)
-        mixed = [self.dwconv(part.unflatten(2, shape)).flatten(2) for part, shape in zip(maps, self.shapes, strict=True)]
+        hidden = self.fc1(x).transpose(1, 2).split([height * width for height, width in self.shapes], dim=2)
+        maps = [part.unflatten(2, shape) for part, shape in zip(hidden, self.shapes, strict=True)]
+        mixed = [self.dwconv(part).flatten(2) for part in maps]
         return self.fc2(F.gelu(torch.cat(mixed, dim=2).transpose(1, 2)))
 
 

@@ -49,7 +49,7 @@ class VppRovisConfig:
     has_selectors: bool = True
     feature_dim: int = 256
     queries: int = 100
-    track_queries: int = 50
+    track_queries: int = 30
     encoder_layers: int = 6
     encoder_ffn: int = 1024
     decoder_layers: int = 9

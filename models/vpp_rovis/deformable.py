@@ -47,23 +47,23 @@ class DeformableAttention(nn.Module):
     def forward(self, queries: Tensor, values: Tensor) -> Tensor:
         """Queries [B, q, C] and values [B, sum(h * w), C] -> [B, q, C]."""
         levels, channels = len(self.shapes), queries.shape[2] // self.heads
-        # offsets and weights in one product
+        # offsets, in units of grid_sample at once, and weights in one product
+        scale = self.grid_scale.repeat_interleave(self.points, 0).repeat(self.heads, 1).flatten()
         both = F.linear(
             queries,
-            torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
-            torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
+            torch.cat([self.sampling_offsets.weight * scale[:, None], self.attention_weights.weight]),
+            torch.cat([self.sampling_offsets.bias * scale, self.attention_weights.bias]),
         )
         offsets, weights = both.split((self.sampling_offsets.out_features, self.attention_weights.out_features), dim=2)
         weights = weights.unflatten(2, (self.heads, -1)).softmax(-1)  # [B, q, heads, levels * points]
         offsets = offsets.unflatten(2, (self.heads, levels, self.points, 2))
-        grid = self.grid_origin[:, None, None, None] + offsets * self.grid_scale[:, None]
-        grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # -> [levels, B * heads, q, points, 2]
-        picture = self.value_proj(values).unflatten(2, (self.heads, channels)).permute(0, 2, 3, 1).flatten(0, 1)
+        # points before queries: the weighted sum over points then runs along contiguous queries
+        grid = offsets.permute(3, 0, 2, 4, 1, 5).flatten(1, 2) + self.grid_origin  # [levels, B * heads, points, q, 2]
+        shares = weights.unflatten(3, (levels, self.points)).permute(3, 0, 2, 4, 1).flatten(1, 2).unsqueeze(2)
+        picture = self.value_proj(values).transpose(1, 2).unflatten(1, (self.heads, channels)).flatten(0, 1)
         maps = picture.split([height * width for height, width in self.shapes], dim=2)  # [B * heads, c, h * w] each
-        sampled = [
-            F.grid_sample(part.unflatten(2, shape), place, "bilinear", "zeros", align_corners=False)
-            for part, shape, place in zip(maps, self.shapes, grid, strict=True)
-        ]
-        read = torch.cat(sampled, dim=3)  # [B * heads, c, q, levels * points]
-        mixed = (read * weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)).sum(3)  # [B * heads, c, q]
+        mixed: Tensor | float = 0.0
+        for part, shape, place, share in zip(maps, self.shapes, grid, shares, strict=True):
+            read = F.grid_sample(part.unflatten(2, shape), place, "bilinear", "zeros", align_corners=False)
+            mixed = (read * share).sum(2) + mixed  # [B * heads, c, points, q] -> [B * heads, c, q]
         return self.output_proj(mixed.unflatten(0, (-1, self.heads)).flatten(1, 2).transpose(1, 2))

@@ -63,9 +63,7 @@ class MaskDecoder(nn.Module):
         shapes: (height, width) of the memories, strides 32, 16, 8.
     """
 
-    def __init__(
-        self, dim: int, heads: int, layers: int, ffn: int, classes: int, queries: int, shapes: Shapes
-    ) -> None:
+    def __init__(self, dim: int, heads: int, layers: int, ffn: int, classes: int, queries: int, shapes: Shapes) -> None:
         super().__init__()
         self.shapes = shapes
         self.query_feat = nn.Parameter(torch.zeros(queries, dim))

@@ -18,6 +18,7 @@ from models.vpp_rovis.config import VppRovisConfig
 from models.vpp_rovis.mask_decoder import MaskDecoder
 from models.vpp_rovis.pixel_decoder import PixelDecoder
 from runtime.errors import ImageSizeError
+from runtime.manifest import TrackQuerySettings
 
 COARSEST_STRIDE = 32
 
@@ -95,6 +96,11 @@ class VppRovis(PrunedHost):
             config.queries, self.pixel_decoder.shapes,
         )  # fmt: skip
 
+    @property
+    def has_selectors(self) -> bool:
+        """False for a checkpoint from before the sparse stage."""
+        return self.config.has_selectors
+
     def initial_state(self, batch: int) -> RovisState:
         """The state of a stream that has seen nothing: no prior, no track."""
         config, count = self.config, self.patch_count
@@ -106,6 +112,27 @@ class VppRovis(PrunedHost):
             track_queries=like.new_zeros(batch, config.track_queries, config.feature_dim),
             track_valid=torch.zeros(batch, config.track_queries, dtype=torch.bool, device=like.device),
         )
+
+    def at_image_size(self, image_size: tuple[int, int]) -> VppRovis:
+        """The network for another image size (height, width), with the same weights.
+
+        Raises:
+            ImageSizeError: 32 does not divide the image size.
+        """
+        resized = VppRovis(replace(self.config, image_size=image_size))
+        resized.load_state_dict(self.state_dict())
+        return resized.train(self.training)
+
+    def tracker_settings(self) -> TrackQuerySettings:
+        """The published tracker's thresholds."""
+        return TrackQuerySettings(learned_queries=self.config.queries)
+
+    def example_tracks(self, outputs: RovisOutputs, state: RovisState) -> RovisState:
+        """Carry the first three queries on."""
+        queries, valid = state.track_queries.clone(), torch.zeros_like(state.track_valid)
+        count = min(3, valid.shape[1])
+        queries[:, :count], valid[:, :count] = outputs.queries[:, :count], True
+        return state._replace(track_queries=queries, track_valid=valid)
 
     def forward(
         self, image: Tensor, state: RovisState, token_budget: Tensor | None = None, mode: Selection = Selection.BUDGET
@@ -194,10 +221,3 @@ def _patch_grid(config: VppRovisConfig) -> tuple[int, int]:
             f"stride of {config.name}. The nearest that is: {nearest[0]} {nearest[1]}."
         )
     return height // config.patch_size, width // config.patch_size
-
-
-def at_image_size(model: VppRovis, image_size: tuple[int, int]) -> VppRovis:
-    """The network for another image size (height, width), with the same weights."""
-    resized = VppRovis(replace(model.config, image_size=image_size))
-    resized.load_state_dict(model.state_dict())
-    return resized.train(model.training)

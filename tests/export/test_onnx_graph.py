@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from export.check import Oracle
-from export.onnx_graph import STATE_NAMES, export_graph, step_interface
+from export.onnx_graph import export_graph, state_name, step_interface
 from export.reference import synthetic_frames
 from models.configs import config_by_name
 from models.pruned_host import Selection
@@ -188,11 +189,11 @@ class Pair:
 
     def __init__(self, engine, model: VppEo, batch: int) -> None:
         self.buffers = engine.open_stream(batch)
-        self.oracle = Oracle.of(model)
+        self.oracle = Oracle(model)
 
     def step(self, frames: list[np.ndarray], budget: tuple[int, ...]) -> dict[str, np.ndarray]:
         """One frame of every stream; raises if the graph and torch disagree."""
-        state = State(**{name: torch.from_numpy(self.buffers.state()[STATE_NAMES[name]]) for name in State._fields})
+        state = State(**{name: torch.from_numpy(self.buffers.state()[state_name(name)]) for name in State._fields})
         self.buffers.image[:] = np.stack(frames)
         got = {name: value.copy() for name, value in self.buffers.run(budget).items()}
         self.buffers.commit()
@@ -206,7 +207,7 @@ class Pair:
         forced = torch.from_numpy(got["kept_stages"])
         outputs, following = self.oracle.run(image, state, budget, Selection.BUDGET, forced)
         want = {name: value.numpy() for name, value in outputs._asdict().items()}
-        want |= {f"next_{STATE_NAMES[name]}": value.numpy() for name, value in following._asdict().items()}
+        want |= {f"next_{state_name(name)}": value.numpy() for name, value in following._asdict().items()}
         assert got.keys() == want.keys()
         for name, value in want.items():
             difference = relative_difference(got[name], value)
@@ -270,16 +271,16 @@ def test_streams_of_a_batch_do_not_mix(pairs, clips):
 def run_threshold(path: Path, model: VppEo, frames: list[np.ndarray], first: int):
     """The graph in ONNX Runtime and torch over some frames, each frame from torch's state: (got, want, scores) each."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    oracle, state = Oracle.of(model), model.initial_state(1)
-    names = step_interface(Selection.THRESHOLD).output_names
+    oracle, state = Oracle(model), model.initial_state(1)
+    names = step_interface(model, Selection.THRESHOLD).output_names
     for t, frame in enumerate(frames):
         budget = (PATCHES if t == 0 else first,)
         feed = {"image": frame[None], "token_budget": np.array(budget)}
-        feed |= {STATE_NAMES[name]: value.numpy() for name, value in state._asdict().items()}
+        feed |= {state_name(name): value.numpy() for name, value in state._asdict().items()}
         got = dict(zip(names, session.run(names, feed), strict=True))
         outputs, state = oracle.run(torch.from_numpy(frame)[None], state, budget, Selection.THRESHOLD)
         want = {name: value.numpy() for name, value in outputs._asdict().items()}
-        want |= {f"next_{STATE_NAMES[name]}": value.numpy() for name, value in state._asdict().items()}
+        want |= {f"next_{state_name(name)}": value.numpy() for name, value in state._asdict().items()}
         yield got, want, oracle
 
 
@@ -303,7 +304,7 @@ def test_a_stage_that_keeps_nothing_gives_finite_outputs(threshold_bundle, micro
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1e3, np.float32), "raised"))
     decisions[empty_stage - 1].input[1] = "raised"  # all-zero biases share one initializer, so not the bias itself
     onnx.save(graph, tmp_path / "model.onnx")
-    model = Oracle.of(micro_model)
+    model = copy.deepcopy(micro_model)
     with torch.no_grad():
         model.selectors[empty_stage - 1].mlp.fc2.bias.copy_(torch.tensor([0.0, 1e3]))
     for got, want, _ in run_threshold(tmp_path / "model.onnx", model, images(3, 2), first=42):

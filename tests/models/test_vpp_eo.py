@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.configs import CONFIGS, config_by_name
 from models.pruned_host import Selection
-from models.vpp_eo import State, VppEo, at_image_size, patch_grid
+from models.vpp_eo import State, VppEo, patch_grid
 from runtime.budget import token_budget
 from runtime.errors import ImageSizeError
 
@@ -388,7 +388,7 @@ def test_a_step_is_a_pure_function(mode):
 
 @pytest.mark.parametrize("size", [(160, 96), (96, 160), (32, 32), (112, 208)], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_another_image_size_works_with_the_same_weights(model, size):
-    resized = at_image_size(model, size)
+    resized = model.at_image_size(size)
     grid = (size[0] // 16, size[1] // 16)
     assert resized.patch_grid == grid
     assert resized.config == replace(model.config, image_size=size)
@@ -406,7 +406,7 @@ def test_another_image_size_works_with_the_same_weights(model, size):
 
 def test_resized_copy_does_not_share_its_weights(model):
     before = model.queries.clone()
-    at_image_size(model, (32, 64)).requires_grad_(False).queries.zero_()
+    model.at_image_size((32, 64)).requires_grad_(False).queries.zero_()
     assert torch.equal(model.queries, before)
 
 
@@ -416,7 +416,7 @@ def test_resized_copy_does_not_share_its_weights(model):
 )
 def test_size_that_the_patches_do_not_divide_names_the_nearest(model, size, nearest):
     with pytest.raises(ImageSizeError) as caught:
-        at_image_size(model, size)
+        model.at_image_size(size)
     message = str(caught.value)
     assert f"{size[0]} x {size[1]}" in message
     assert "patch size 16" in message
