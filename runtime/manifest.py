@@ -241,8 +241,10 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        lines = "\n".join(
-            f"  {'.'.join(str(part) for part in item['loc'] if part not in _TRACKER_KINDS) or 'manifest'}: {item['msg']}"
-            for item in error.errors()
-        )
+        lines = "\n".join(f"  {_field(item['loc'])}: {item['msg']}" for item in error.errors())
         raise BundleIntegrityError(f"{path} is not a valid manifest:\n{lines}\nExport the bundle again.") from error
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """Where in the manifest something is wrong, without the kind of tracker that was assumed."""
+    return ".".join(str(part) for part in location if part not in _TRACKER_KINDS) or "manifest"

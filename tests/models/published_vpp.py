@@ -2,7 +2,7 @@
 
 Plain functions over the published state dict, one frame at a time, batch 1, nothing rewritten for speed: full masks
 after every decoder layer, one-hot association, gather and scatter in every block. The Gumbel noise is taken out. Its
-own correctness is shown by the vectors of the published code in ``data/vpp_rovis_micro.npz``.
+own correctness is shown by the vectors of the published code in ``tests/data/vpp_rovis_micro.npz``.
 """
 
 from __future__ import annotations
