@@ -69,11 +69,11 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
 
 @app.command(epilog="Example: deploy.py export nano.safetensors -o nano --image-size 288 512 --keep-ratio 0.55")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="safetensors, or a torch file that holds weights alone.")],
+    checkpoint: Annotated[Path, typer.Argument(help="safetensors, or a torch file; nothing in it is executed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; an older bundle there is replaced.")],
     image_size: Annotated[
         tuple[int, int] | None,
-        typer.Option(help="Height and width in pixels, multiples of the patch size 16. Default: as trained."),
+        typer.Option(help="Height and width in pixels, multiples of 16 (vpp-rovis: 32). Default: as trained."),
     ] = None,
     keep_ratio: Annotated[
         float, typer.Option(help="Default preset: mean share of patch tokens computed, above 0, up to 1.")
@@ -85,7 +85,11 @@ def export(
     dense: Annotated[bool, typer.Option("--dense", help="Without any selection: the baseline on its own.")] = False,
     baseline: Annotated[bool, typer.Option(help="Put the dense network into the bundle too, for profile.")] = True,
     model: Annotated[
-        str | None, typer.Option(help="Configuration, for a checkpoint that does not name its own, e.g. vpp-eo-tiny.")
+        str | None,
+        typer.Option(
+            help="Configuration, for a checkpoint that does not name its own, e.g. vpp-eo-tiny; vpp-rovis for a "
+            "released checkpoint of the published network."
+        ),
     ] = None,
     opset: Annotated[int, typer.Option(min=18, max=22, help="ONNX operator set, 18 to 22.")] = 20,
 ) -> None:

@@ -24,6 +24,8 @@ class VppEoConfig:
         queries: Learned object queries Q.
         query_block: Block at which the queries join the patch tokens; not before the last selection.
         mask_dim: Channels of the mask features at stride 8.
+        pool_radius: Map-SM smooths its scores over 2 r + 1 patches in both directions. 4 as published, for 34 x 60
+            patches; a grid of 12 x 20 would lose nearly all of its detail to that.
         map_block: Block before which Map-SM selects from the prior.
         selection_blocks: Blocks before which the selective modules choose among the tokens still there.
         prior_block: Block whose output gives the keep logits that the next frame uses.
@@ -43,6 +45,7 @@ class VppEoConfig:
     queries: int = 50
     query_block: int = 9
     mask_dim: int = 96
+    pool_radius: int = 4
     map_block: int = 1
     selection_blocks: tuple[int, ...] = (3, 6, 9)
     prior_block: int = 5
@@ -73,7 +76,7 @@ CONFIGS: dict[str, VppEoConfig] = {
         VppEoConfig(
             "vpp-eo-micro", _ABSTRACT_CLASSES, embed_dim=48, heads=3, image_size=(96, 160), queries=8, mask_dim=24
         ),
-        VppEoConfig("vpp-eo-nano", _ABSTRACT_CLASSES, embed_dim=128, heads=2, queries=24, mask_dim=64),
+        VppEoConfig("vpp-eo-nano", _ABSTRACT_CLASSES, embed_dim=128, heads=2, queries=24, mask_dim=64, pool_radius=1),
         VppEoConfig("vpp-eo-tiny", _ABSTRACT_CLASSES, embed_dim=192, heads=3, mask_dim=96),
         VppEoConfig("vpp-eo-small", _ABSTRACT_CLASSES, embed_dim=384, heads=6, mask_dim=128),
     )

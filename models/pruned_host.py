@@ -17,7 +17,7 @@ from models.token_subset import TokenSubset
 from models.vit import Mlp
 from runtime.manifest import TrackerSettings, TrackQuerySettings
 
-POOL_RADIUS = 4  # Map-SM smooths its scores over 9 x 9 patches
+PUBLISHED_POOL_RADIUS = 4  # 9 x 9 patches
 
 
 class Selection(str, Enum):
@@ -94,12 +94,14 @@ class MapSelector(nn.Module):
     row_pool: Tensor
     column_pool: Tensor
 
-    def __init__(self, dim: int, patch_grid: tuple[int, int], hidden: int | None = None) -> None:
+    def __init__(
+        self, dim: int, patch_grid: tuple[int, int], hidden: int | None = None, radius: int = PUBLISHED_POOL_RADIUS
+    ) -> None:
         super().__init__()
         self.predictor = KeepPredictor(dim, dim // 2 if hidden is None else hidden)
         for name, size in zip(("row", "column"), patch_grid, strict=True):
             self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
-            self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, POOL_RADIUS), persistent=False)
+            self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, radius), persistent=False)
 
     def association(self, tokens: Tensor, state: Prior) -> Tensor:
         """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
@@ -107,7 +109,7 @@ class MapSelector(nn.Module):
         return selection.association_logits(tokens, state.keys, state.kept, bias)
 
     def smooth(self, scores: Tensor) -> Tensor:
-        """Mean of the scores [B, N] over 9 x 9 patches."""
+        """Mean of the scores [B, N] over a window of patches."""
         return selection.smooth_scores(scores, self.row_pool, self.column_pool)
 
     def forward(self, tokens: Tensor, state: Prior) -> Tensor:

@@ -94,7 +94,7 @@ class VppEo(PrunedHost):
         self.patch_embed = PatchEmbed(config.patch_size, dim, config.mean, config.std)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_count, dim))
         self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.map_selector = MapSelector(dim, self.patch_grid)
+        self.map_selector = MapSelector(dim, self.patch_grid, radius=config.pool_radius)
         self.selectors = nn.ModuleList(KeepPredictor(dim, dim // 4) for _ in config.selection_blocks)
         self.queries = nn.Parameter(torch.zeros(config.queries, dim))
         self.query_update = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim))

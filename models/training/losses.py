@@ -105,3 +105,17 @@ def ratio_loss(map_probability: Tensor | None, stage_masks: list[Tensor], target
         terms.append(MAP_RATIO_WEIGHT * (map_probability.mean() - MAP_RATIO_TARGET) ** 2)
         weights += MAP_RATIO_WEIGHT
     return RATIO_WEIGHT * torch.stack(terms).sum() / weights
+
+
+def focus_loss(scores: list[Tensor], object_patches: Tensor) -> Tensor:
+    """Cross entropy between the stages' scores and where objects are.
+
+    Not part of the published recipe, where selectors learn through the task alone; that takes long, and until then the
+    noise of training chooses the tokens, which inference does not have.
+
+    Args:
+        scores: Ranking score [B, N] of each stage; above 0 is "keep".
+        object_patches: Patches that hold a part of an object, bool [B, N].
+    """
+    target = object_patches.float()
+    return torch.stack([F.binary_cross_entropy_with_logits(score.float(), target) for score in scores]).mean()

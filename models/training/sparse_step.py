@@ -26,12 +26,14 @@ class Trace:
         predictions: (class logits, mask logits) after each block that carries queries, the last is the result.
         map_probability: Map-SM's soft keep probability [B, N]; None where no clip of the batch had a prior.
         stage_decisions: Straight-through two-logit decision [B, N] of each selective module.
+        scores: Ranking score [B, N] of each stage, before noise; of Map-SM only if a clip of the batch had a prior.
         features: Final dense tokens [B, N, C].
     """
 
     predictions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     map_probability: Tensor | None = None
     stage_decisions: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
     features: Tensor | None = None
 
 
@@ -86,13 +88,16 @@ def _score(model: VppEo, stage: int, x: Tensor, state: State, trace: Trace, nois
     """Ranking score [B, N] of one stage, with its decision noted for the ratio loss."""
     if stage == 0:
         association = _straight_through_argmax(model.map_selector.association(x, state), noise)
-        score = model.map_selector.smooth(selection.keep_score(association @ state.keep_logits))
-        score = _with_noise(score, noise)
+        plain = model.map_selector.smooth(selection.keep_score(association @ state.keep_logits))
+        score = _with_noise(plain, noise)
         has_prior = state.kept.any(1)
         if has_prior.any():
+            trace.scores.append(plain)
             trace.map_probability = score[has_prior].sigmoid()
         return score
-    score = _with_noise(selection.keep_score(model.selectors[stage - 1](x)), noise)
+    plain = selection.keep_score(model.selectors[stage - 1](x))
+    trace.scores.append(plain)
+    score = _with_noise(plain, noise)
     soft = score.sigmoid()
     trace.stage_decisions.append((score >= 0).to(soft.dtype) - soft.detach() + soft)
     return score

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.configs import config_by_name
-from models.training.losses import Identities, pairwise_cost, ratio_loss, set_loss
+from models.training.losses import Identities, focus_loss, pairwise_cost, ratio_loss, set_loss
 from models.training.sparse_step import Trace, masked_step
 from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
 from models.vpp_eo import State, VppEo
@@ -41,6 +41,7 @@ from runtime.errors import CheckpointError, DeployError, SourceFormatError
 PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
 BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
 CENTRE_WEIGHT = 5.0  # of the distance to the object's centre in the auxiliary loss
+PATCH = 16  # pixels, of every configuration
 RATIO_RANGE = (0.3, 1.0)  # the other half is spread evenly over these
 
 
@@ -60,6 +61,7 @@ class Recipe:
         frames: Frames per clip; gradients flow through ``truncate`` of them.
         max_gap: Largest distance between frames of a clip, in frames of the video.
         zoom: Range of the zoom of a crop; 1 shows as much of the frame as fits.
+        focus_weight: Weight of the selectors' loss against where objects are, in the sparse stage.
         pixel_weight: Weight of the auxiliary per-pixel loss; its head is not part of the checkpoint.
     """
 
@@ -78,6 +80,7 @@ class Recipe:
     weight_decay: float
     clip_norm: float
     pixel_weight: float
+    focus_weight: float
     seed: int
     bf16: bool
     init: str | None
@@ -127,6 +130,8 @@ class Clip:
             small = F.avg_pool2d(mask, 8)
             self.label_maps[small > 0.5] = label
             self.centre_maps = torch.where((small > 0.5).unsqueeze(1), _to_centre(small), self.centre_maps)
+        covered = masks.any(0) if len(masks) else masks.new_zeros(frames, height, width)
+        self.object_patches = F.max_pool2d(covered.float().unsqueeze(1), PATCH).flatten(1) > 0  # [T, N]
         self.identities = Identities()
 
 
@@ -250,6 +255,8 @@ class Trainer:
         }
         if trace.stage_decisions:
             targets = list(stage_ratios(PRESET_RATIO)[1:])
+            patches = torch.stack([clip.object_patches[t] for clip in clips])
+            terms["focus"] = self.recipe.focus_weight * focus_loss(trace.scores, patches)
             terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
         return terms
 
@@ -367,13 +374,14 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     pixel_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
+    focus_weight: Annotated[float, typer.Option(help="Weight of the selectors' loss against where objects are.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
-        weight_decay, clip_norm, pixel_weight, seed, bf16, None if init is None else str(init),
+        weight_decay, clip_norm, pixel_weight, focus_weight, seed, bf16, None if init is None else str(init),
     )  # fmt: skip
     try:
         train(recipe, output)

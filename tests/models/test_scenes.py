@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -214,3 +215,23 @@ def test_command_line(tmp_path):
     small = CliRunner().invoke(app, [str(tmp_path / "small"), "--size", "8", "64"])
     assert small.exit_code == 2
     assert "height is 8" in small.output
+
+
+def test_typical_texture_tells_the_class_by_its_hue():
+    """Members of a class look alike and unlike those of the class on the other side of the colour circle."""
+    rng = np.random.default_rng(0)
+    for label in range(len(CLASSES)):
+        colours = [scenes._typical_texture(rng, label).colours[1] for _ in range(8)]
+        others = [scenes._typical_texture(rng, (label + 4) % len(CLASSES)).colours[1] for _ in range(8)]
+        tints = [np.array(group) - np.mean(group, axis=1, keepdims=True) for group in (colours, others)]
+        own = tints[0].mean(0)
+        assert (tints[0] @ own > 0).all() and (tints[1] @ own < 0).all()
+        assert len({scenes._typical_texture(rng, label).family for _ in range(4)}) == 1
+
+
+def test_typical_texture_changes_objects_alone():
+    plain = SceneConfig(48, 64, frames=2, max_furniture=0, shared_texture_probability=0, max_objects=2)
+    clips = [render_clip(replace(plain, typical_texture_probability=share), 3) for share in (0.0, 1.0)]
+    assert (clips[0].frames != clips[1].frames).any()
+    with pytest.raises(ValueError, match="typical_texture_probability"):
+        replace(plain, typical_texture_probability=1.5)

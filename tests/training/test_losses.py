@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.training.losses import Identities, dice_loss, pairwise_cost, ratio_loss, set_loss
+from models.training.losses import Identities, dice_loss, focus_loss, pairwise_cost, ratio_loss, set_loss
 
 QUERIES, CLASSES, HEIGHT, WIDTH = 6, 4, 5, 7
 
@@ -214,3 +215,17 @@ def test_ratio_loss_is_zero_on_target():
 def test_ratio_loss_refuses_another_number_of_targets():
     with pytest.raises(ValueError, match="zip"):
         ratio_loss(None, [torch.ones(1, 4)], [0.5, 0.4])
+
+
+def test_focus_loss_is_small_where_scores_tell_objects():
+    patches = torch.tensor([[True, False, False, True], [False, False, True, False]])
+    right = torch.where(patches, 8.0, -8.0)
+    assert focus_loss([right, right], patches) < 1e-3
+    assert focus_loss([torch.zeros(2, 4)], patches) == pytest.approx(math.log(2), abs=1e-6)
+    assert focus_loss([right, -right], patches) == pytest.approx(4.0, abs=1e-2)  # the mean of about 0 and 8
+
+
+def test_focus_loss_pulls_scores_towards_objects():
+    scores = torch.zeros(1, 4, requires_grad=True)
+    focus_loss([scores], torch.tensor([[True, False, True, False]])).backward()
+    assert scores.grad.sign().tolist() == [[-1.0, 1.0, -1.0, 1.0]]

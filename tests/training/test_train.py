@@ -39,7 +39,7 @@ def recipe(data):
     return Recipe(
         stage=Stage.DENSE, data=str(data), model="vpp-eo-micro", steps=5, batch=2, size=SIZE, frames=3, truncate=2,
         max_gap=2, zoom=(1.0, 1.2), learning_rate=2e-3, warmup=2, weight_decay=0.05, clip_norm=1.0, pixel_weight=2.0,
-        seed=3, bf16=False, init=None,
+        focus_weight=1.0, seed=3, bf16=False, init=None,
     )  # fmt: skip
 
 
