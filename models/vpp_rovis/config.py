@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.configs import IMAGENET_MEAN, IMAGENET_STD
+from models.configs import IMAGENET_MEAN, IMAGENET_STD, SelectionStages
 
 
 @dataclass(frozen=True)
-class VppRovisConfig:
+class VppRovisConfig(SelectionStages):
     """Sizes of one published network; a checkpoint's tensors tell them all but the image size.
 
     Attributes:
@@ -68,18 +68,3 @@ class VppRovisConfig:
     selection_blocks = (3, 6, 9)
     prior_block = 5
     interactions = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11))
-
-    @property
-    def stage_blocks(self) -> tuple[int, ...]:
-        """Blocks before which a selection stage stands."""
-        return (self.map_block, *self.selection_blocks)
-
-    @property
-    def stages(self) -> int:
-        """Selection stages: Map-SM and the selective modules."""
-        return len(self.stage_blocks)
-
-    @property
-    def prior_stage(self) -> int:
-        """Selection stage in force at ``prior_block``."""
-        return sum(block <= self.prior_block for block in self.selection_blocks)
