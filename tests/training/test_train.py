@@ -138,7 +138,7 @@ def test_sparse_stage_goes_on_from_the_dense_checkpoint(recipe, tmp_path):
     for part in ("map_selector.predictor.mlp.fc2.weight", "selectors.0.mlp.fc2.weight", "selectors.2.mlp.fc2.weight"):
         assert not torch.equal(before.state_dict()[part], after.state_dict()[part]), f"{part} was trained"
     terms = logged(tmp_path / "sparse")[0]
-    assert {"set", "deep", "pixels", "ratio"} <= terms.keys()
+    assert {"set", "deep", "pixels", "focus", "ratio"} <= terms.keys()
     assert "ratio" not in logged(tmp_path / "dense")[0]
     written = json.loads((tmp_path / "sparse" / "recipe.json").read_text())
     assert (written["stage"], written["init"], written["size"]) == ("sparse", str(init), list(SIZE))
