@@ -46,8 +46,8 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Threads that spin while they wait take the cores from decoding, scaling and drawing. Measured with 2 threads on
-        # 2 cores: the bare step is as fast without, and `run` reaches 0.94 to 0.97 of it instead of 0.92.
+        # Threads that spin while they wait take the cores from decoding, scaling and drawing. Measured with 2 threads
+        # on 2 cores: the bare step is as fast without, and `run` reaches 0.94 to 0.97 of it instead of 0.92.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider != _CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -374,7 +374,7 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     pixel_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
-    focus_weight: Annotated[float, typer.Option(help="Weight of the selectors' loss against where objects are.")] = 40.0,
+    focus_weight: Annotated[float, typer.Option(help="Weight of the loss of the selectors against objects.")] = 40.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
 ) -> None:
