@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from dataclasses import replace
@@ -14,6 +15,8 @@ from torch import Tensor
 from models.vpp_rovis.config import VppRovisConfig
 from models.vpp_rovis.network import VppRovis
 from runtime.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # Tensors that the published code stores and never uses.
 DEAD = re.compile(r"backbone\.interactions\.0\.matching_module\.(init_mlp|norm_input)\.")
@@ -80,7 +83,9 @@ def load_published(path: Path) -> VppRovis:
     published = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(published, dict) or not all(isinstance(value, Tensor) for value in published.values()):
         raise CheckpointError(f"{path} holds no state dict: expected a dict of tensors, alone or under 'state_dict'.")
-    weights = {renamed(name): value.float() for name, value in published.items() if not _is_dead(name)}
+    if dead := dead_tensors(list(published)):
+        logger.info("left out of %s, as no computation uses them: %s", path, ", ".join(dead))
+    weights = {renamed(name): value.float() for name, value in published.items() if name not in dead}
     try:
         config = _config(weights, _class_names(content))
     except (KeyError, ValueError, IndexError) as error:
@@ -95,11 +100,7 @@ def load_published(path: Path) -> VppRovis:
 
 def dead_tensors(names: list[str]) -> list[str]:
     """Those of the published tensor names that no computation uses."""
-    return [name for name in names if _is_dead(name)]
-
-
-def _is_dead(name: str) -> bool:
-    return DEAD.search(name) is not None
+    return [name for name in names if DEAD.search(name)]
 
 
 def _config(weights: dict[str, Tensor], classes: tuple[str, ...] | None) -> VppRovisConfig:

@@ -226,6 +226,12 @@ def test_sizes_come_from_the_tensors(tmp_path, map_hidden):
     assert loaded.config == config
 
 
+def test_dead_tensors_are_named(vectors, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="models.vpp_rovis.published"):
+        load_published(save_published(tmp_path / "micro.pth", reference_weights(vectors)))
+    assert "init_mlp.weight" in caplog.text and "norm_input.bias" in caplog.text
+
+
 def test_class_names_of_the_trainer_are_taken(vectors, tmp_path):
     weights, names = reference_weights(vectors), ("person", "dog", "cat", "car", "bird")
     path = save_published(tmp_path / "named.pth", weights, meta={"dataset_meta": {"classes": names}})
