@@ -257,7 +257,7 @@ def test_cuda_that_is_listed_but_does_not_load_is_no_silent_cpu(micro, monkeypat
     """ONNX Runtime lists CUDA where no GPU is, and would go on on the CPU."""
 
     class OnCpu(ort.InferenceSession):
-        def __init__(self, path, options, providers) -> None:
+        def __init__(self, path, options, providers, **options_by_name) -> None:
             super().__init__(path, None, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
