@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from runtime.errors import DeployError, SourceLostError, StepError
+from runtime.memory import return_large_arrays
 from runtime.results import FrameResult
 from runtime.stream import Answer, PreparedFrame, Stream
 from runtime.video.frame import Frame
@@ -76,6 +77,7 @@ def run_stream(
 
     Whatever ends the run, the sinks are closed: normally after an end, an interrupt or a lost source, so that what
     was written is complete and readable; as failed after any other error, so that nothing half-written stays.
+    The C library's allocator is told to give large arrays back, for the whole process (:mod:`runtime.memory`).
 
     Args:
         source: Open; closed by this function.
@@ -88,6 +90,7 @@ def run_stream(
         DeployError: A sink failed, or the backend failed on many frames in a row.
     """
     summary = RunSummary()
+    return_large_arrays()
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         for sink in sinks:
