@@ -2,7 +2,8 @@
 
     python -m benchmarks.endurance BUNDLE VIDEO...
 
-Writes frames in and out, whether both runs gave the same result, resets, and resident memory from frame 100 on.
+Writes frames in and out, whether both runs gave the same result, resets, and the highest resident memory before and
+after frame 100.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ def stream_once(bundle: Bundle, engine: Engine, video: Path, folder: Path) -> di
         summary = run_stream(source, Stream(bundle, engine), sinks, watch)
     with av.open(str(folder / "out.mp4")) as container:
         frames_out = sum(1 for _ in container.decode(video=0))
-    settled = watch.memory_mib[100:] or watch.memory_mib
+    settled, later = watch.memory_mib[50:101], watch.memory_mib[101:]  # frames in flight make both rise and fall
     return {
         "video": video.name,
         "frames_in": summary.source.frames_read if summary.source else None,
         "frames_out": frames_out,
         "resets": dict(summary.resets),
         "sha256": watch.digest.hexdigest(),
-        "memory_mib_at_frame_100": round(settled[0], 1),
-        "memory_mib_at_end": round(settled[-1], 1),
-        "memory_mib_largest_after_100": round(max(settled), 1),
+        "memory_mib_largest_of_frames_50_to_100": round(max(settled, default=0.0), 1),
+        "memory_mib_largest_after_100": round(max(later, default=0.0), 1),
+        "memory_mib_at_end": round(watch.memory_mib[-1], 1),
         "frames_per_s": round(summary.frames_per_second, 2),
     }
 

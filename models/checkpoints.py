@@ -21,6 +21,7 @@ from models.configs import CONFIGS, VppEoConfig
 from models.pruned_host import PrunedHost
 from models.vpp_eo import VppEo, patch_grid
 from models.vpp_rovis.published import load_published
+from models.weight_fit import check_fit
 from runtime.errors import CheckpointError
 
 _CONFIG_KEY = "config"
@@ -62,7 +63,7 @@ def load_checkpoint(path: Path, model_name: str | None = None) -> VppEo:
         model = VppEo(config)
     except Exception as error:
         raise CheckpointError(f"{path} names a configuration that cannot be built: {error}") from error
-    _check_fit(path, model.state_dict(), weights)
+    check_fit(path, model.state_dict(), weights)
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
 
@@ -150,18 +151,3 @@ def _config(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], mo
     if head is None or head.ndim != 1 or head.shape[0] < 2:
         return config
     return replace(config, classes=tuple(f"class {index}" for index in range(head.shape[0] - 1)))
-
-
-def _check_fit(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """List every weight that is missing, extra or of another shape."""
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    reshaped = [
-        f"{name}: {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    problems = [("missing", missing), ("not part of the model", extra), ("of another shape", reshaped)]
-    lines = [f"  {len(names)} {kind}:\n    " + "\n    ".join(names) for kind, names in problems if names]
-    if lines:
-        raise CheckpointError(f"the weights of {path} do not fit the model:\n" + "\n".join(lines))

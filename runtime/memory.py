@@ -13,7 +13,8 @@ def return_large_arrays() -> bool:
     """Tell glibc to map arrays of 256 KiB and more for themselves; True where that is possible.
 
     glibc raises that limit by itself, up to 32 MiB, and then keeps pictures and masks of several threads in heaps that
-    fragment: memory of `run` grew by 22 MiB after frame 100 of a 289-frame clip, and by 1 MiB with this.
+    fragment: memory of `run` with all sinks grew by 22 MiB after frame 100 of a 289-frame clip, and by at most 2 MiB
+    with this (``benchmarks/results/endurance.json``).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -110,9 +110,10 @@ def ratio_loss(map_probability: Tensor | None, stage_masks: list[Tensor], target
 def focus_loss(scores: list[Tensor], object_patches: Tensor) -> Tensor:
     """Cross entropy between the stages' scores and where objects are.
 
-    Not part of the published recipe, where selectors learn through the task alone. Measured on `vpp-eo-nano` trained
-    from scratch: without it, the first selectors ranked object patches *below* the rest after 300 to 1000 steps (area
-    under the ROC curve 0.25 to 0.28) and no object was found at 0.55; with it, 0.91 to 0.93 after 300 steps.
+    Not part of the published recipe, where selectors learn through the task alone. Measured on ``vpp-eo-nano`` trained
+    from scratch: without it 5 % of the objects were found at a keep ratio of 0.55 after 980 steps (66 % dense). With
+    weight 2 the first two selectors still ranked object patches *below* the rest (area under the ROC curve 0.28 and
+    0.25); with weight 40 all four reached 0.91 to 0.93 within 300 steps, and 64 % were found (67 % dense).
 
     Args:
         scores: Ranking score [B, N] of each stage; above 0 is "keep".

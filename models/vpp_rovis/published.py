@@ -14,12 +14,15 @@ from torch import Tensor
 
 from models.vpp_rovis.config import VppRovisConfig
 from models.vpp_rovis.network import VppRovis
+from models.weight_fit import check_fit
 from runtime.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 # Tensors that the published code stores and never uses.
 DEAD = re.compile(r"backbone\.interactions\.0\.matching_module\.(init_mlp|norm_input)\.")
+
+SELECTORS = ("map_selector.", "selectors.")  # what a dense checkpoint lacks
 
 # Published name -> name of ours, in order; what no rule changes keeps its name.
 RENAMES = tuple(
@@ -93,7 +96,7 @@ def load_published(path: Path) -> VppRovis:
             f"{path} holds no published VPP network: the tensors that tell its sizes are missing or odd ({error})."
         ) from error
     model = VppRovis(config)
-    _check_fit(path, model.state_dict(), weights, config)
+    check_fit(path, model.state_dict(), weights, optional=() if config.has_selectors else SELECTORS)
     model.load_state_dict(weights, strict=config.has_selectors)
     return model.eval()
 
@@ -150,24 +153,6 @@ def _class_names(content: dict[str, Any]) -> tuple[str, ...] | None:
     names = data.get("classes", data.get("CLASSES")) if isinstance(data, dict) else None
     return tuple(map(str, names)) if isinstance(names, (tuple, list)) else None
 
-
-def _check_fit(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor], config: VppRovisConfig) -> None:
-    wanted = expected.keys() if config.has_selectors else {n for n in expected if not n.startswith(_SELECTORS)}
-    problems = {
-        "missing": sorted(wanted - found.keys()),
-        "not part of the model": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name}: {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & found.keys())
-            if found[name].shape != expected[name].shape
-        ],
-    }
-    lines = [f"  {len(names)} {kind}:\n    " + "\n    ".join(names) for kind, names in problems.items() if names]
-    if lines:
-        raise CheckpointError(f"the weights of {path} do not fit the published network:\n" + "\n".join(lines))
-
-
-_SELECTORS = ("map_selector.", "selectors.")
 
 # --- files as mmengine writes them ----------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from export.reference import synthetic_frames
 from models.pruned_host import Selection
 from models.vpp_rovis.published import load_published
 from runtime.backend import load_engine
+from runtime.budget import reset_budget
 from runtime.bundle import load_bundle
 from runtime.errors import CheckpointError
 from runtime.manifest import TrackQuerySettings
@@ -138,6 +139,25 @@ def test_track_queries_change_the_answer(bundle):
     queries *= 3
     np.testing.assert_array_equal(masks(0), learned_alone)
     assert relative_difference(masks(2), learned_alone) > 1e-3
+
+
+@pytest.mark.slow
+def test_batch_of_two_equals_two_alone(bundle):
+    """Two cameras through one graph, three frames, each with its own prior."""
+    engine = load_engine(bundle)
+    clips = [list(synthetic_frames(IMAGE_SIZE, 3, seed)) for seed in (0, 1)]
+    budget = bundle.manifest.presets[bundle.manifest.default_preset]
+    together, alone = engine.open_stream(2), [engine.open_stream(), engine.open_stream()]
+    for t in range(3):
+        used = reset_budget(budget, bundle.manifest.patch_count) if t == 0 else budget
+        for row, one in enumerate(alone):
+            together.image[row] = one.image[0] = clips[row][t]
+        got = {name: np.array(value) for name, value in together.run(used).items()}
+        together.commit()
+        for row, one in enumerate(alone):
+            for name, value in one.run(used).items():
+                assert relative_difference(got[name][row], value[0]) < TOLERANCE, (t, row, name)
+            one.commit()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import published_vpp as plain
@@ -102,7 +103,7 @@ def test_every_frame_equals_the_published_one(vectors, micro, mode):
 
 
 def test_keys_of_training_are_the_input_of_block_one(vectors, micro):
-    as_trained = VppRovis(micro.config.__class__(**{**vars(micro.config), "overwritten_keys": False})).eval()
+    as_trained = VppRovis(replace(micro.config, overwritten_keys=False)).eval()
     as_trained.load_state_dict(micro.state_dict())
     image = torch.from_numpy(vectors["t0.image"])[None].permute(0, 2, 3, 1)
     budget = torch.tensor([micro.patch_count] * 4)

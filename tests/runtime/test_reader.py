@@ -51,6 +51,30 @@ def test_file_loses_nothing_however_slow_the_consumer(tmp_path):
     assert reader.source.counters.frames_dropped == 0
 
 
+def test_frames_are_prepared_in_the_reading_thread_and_in_order():
+    threads = set()
+
+    def prepare(frame: Frame) -> int:
+        threads.add(threading.current_thread().name)
+        return 10 * frame.index
+
+    with FrameReader(ScriptedSource(iter([None] * 7), live=False), prepare=prepare, queue_size=2) as reader:
+        assert list(reader) == [0, 10, 20, 30, 40, 50, 60]
+    assert threads == {"frame-reader"}
+
+
+def test_error_of_prepare_reaches_the_consumer():
+    def prepare(frame: Frame) -> int:
+        return 1 // (1 - frame.index)
+
+    source = ScriptedSource(iter([None] * 7), live=False)
+    with FrameReader(source, prepare=prepare) as reader:
+        assert next(reader) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(reader)
+    assert source.released.is_set()
+
+
 def test_file_is_read_ahead_no_further_than_the_queue():
     source = ScriptedSource(iter([None] * 100), live=False)
     with FrameReader(source, queue_size=3) as reader:
