@@ -19,9 +19,9 @@ from export.check import Parity, check_parity
 from export.onnx_graph import DEFAULT_OPSET, export_graph, initial_rows, state_name
 from export.reference import FRAMES, synthetic_frames, write_reference
 from models.checkpoints import load_host, weight_hash
+from models.macs import giga_macs
 from models.pruned_host import PrunedHost, Selection
 from runtime.backend import load_engine
-from runtime.budget import token_budget, validate_budget
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
 from runtime.errors import CheckpointError, SinkError
 from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin
@@ -126,14 +126,14 @@ def _lock(folder: Path) -> int | None:
 
 
 def _presets(model: PrunedHost, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
-    count, stages = model.patch_count, model.config.stages
+    rule = model.budget_rule
     if request.selection is Selection.NONE:
-        return {"1.00": (count,) * stages}, "1.00"
-    presets = {_preset_name(ratio): token_budget(count, ratio) for ratio in PRESET_RATIOS}
+        return {"1.00": rule.largest}, "1.00"
+    presets = {_preset_name(ratio): rule.for_ratio(ratio) for ratio in PRESET_RATIOS}
     if request.budget is not None:
-        return {**presets, "custom": validate_budget(request.budget, count, stages)}, "custom"
+        return {**presets, "custom": rule.checked(request.budget)}, "custom"
     default = _preset_name(request.keep_ratio)
-    return {**presets, default: token_budget(count, request.keep_ratio)}, default
+    return {**presets, default: rule.for_ratio(request.keep_ratio)}, default
 
 
 def _preset_name(keep_ratio: float) -> str:
@@ -172,7 +172,8 @@ def _check(
     """Parity with torch at the smallest, the usual and the largest budget."""
     bundle = load_bundle(folder)
     engine = load_engine(bundle)
-    budgets = {"smallest": (1,) * len(usual), "usual": usual, "largest": (model.patch_count,) * len(usual)}
+    rule = model.budget_rule
+    budgets = {"smallest": rule.smallest, "usual": usual, "largest": rule.largest}
     if request.selection is Selection.NONE:
         budgets = {"dense": usual}
     parity = {}
@@ -184,7 +185,7 @@ def _check(
         report(f"compare the dense baseline with torch, {FRAMES} frames")
         frames = synthetic_frames(model.config.image_size, seed=1)
         dense = load_engine(bundle, bundle.manifest.baseline)
-        parity["dense baseline"] = check_parity(model, dense, frames, budgets["largest"], request.tolerance)
+        parity["dense baseline"] = check_parity(model, dense, frames, rule.largest, request.tolerance)
     return parity
 
 
@@ -208,10 +209,15 @@ def _manifest(
         pad_value=tuple(round(255 * value) for value in config.mean),
         normalisation={"mean": config.mean, "std": config.std},
         stages=config.stages,
+        depth=config.depth,
+        stage_blocks=config.stage_blocks,
+        first_stage=model.budget_rule.first_stage,
+        reset_stages=model.budget_rule.reset_stages,
         presets=presets,
         default_preset=default,
         graph=graph,
         baseline=baseline,
+        giga_macs=_giga_macs(model, presets, request.selection),
         tracker=model.tracker_settings(),
         precision="fp32",
         opset=request.opset,
@@ -223,6 +229,13 @@ def _manifest(
         ),
         files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     )
+
+
+def _giga_macs(model: PrunedHost, presets: dict[str, tuple[int, ...]], mode: Selection) -> dict[str, float]:
+    dense = {"dense": round(giga_macs(model, model.budget_rule.largest, Selection.NONE), 4)}
+    if mode is Selection.NONE:
+        return dense
+    return {name: round(giga_macs(model, budget), 4) for name, budget in presets.items()} | dense
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.onnx_graph import budget_entries, state_name, step_interface
-from models.pruned_host import Prior, PrunedHost, Selection
+from models.pruned_host import PrunedHost, Selection
 from models.selection import gather_tokens
 from models.token_subset import TokenSubset
 from runtime.backend import Engine
-from runtime.budget import reset_budget
 from runtime.errors import ExportMismatchError
 from runtime.parity import TIE_MARGIN, FrameParity, compare_frame
 
@@ -42,6 +41,7 @@ class Oracle:
         self.scores: list[NDArray[np.float32]] = []
         self.tied_match = False
         self._forced: Tensor | None = None  # kept_stages int64 [B, N]
+        self._state: Any = None
 
     def run(
         self, image: Tensor, state: Any, budget: tuple[int, ...], mode: Selection, forced: Tensor | None = None
@@ -51,28 +51,30 @@ class Oracle:
         Args:
             forced: ``kept_stages`` int64 [B, N] to follow instead of the scores.
         """
-        self.scores, self._forced, self.tied_match = [], forced, False
+        self.scores, self._forced, self.tied_match, self._state = [], forced, False, state
         with torch.no_grad():
             outputs, next_state = self.model(image, state, torch.tensor(budget), mode)
         return outputs, self.model.example_tracks(outputs, next_state)
 
     def _note_and_choose(
-        self, stage: int, subset: TokenSubset, state: Prior, token_budget: Tensor | None, mode: Selection
+        self, stage: int, subset: TokenSubset, scores: Tensor, token_budget: Tensor | None, mode: Selection
     ) -> Tensor:
-        scores = self.model.stage_scores(stage, subset.tokens, state)
         dense = scores.new_full(subset.kept_stages.shape, float("nan"))
         self.scores.append(
             (scores if subset.indices is None else dense.scatter(1, subset.indices, scores)).numpy().astype(np.float32)
         )
         if stage == 0:
-            self.tied_match = self._has_tied_match(subset.tokens, state)
+            self.tied_match = self._has_tied_match(self.model.association(subset.tokens, self._state))
         if self._forced is None:
-            return self._choose(stage, subset, state, token_budget, mode)
+            return self._choose(stage, subset, scores, token_budget, mode)
         stages = self._forced if subset.indices is None else gather_tokens(self._forced, subset.indices)
         return torch.stack([(row > stage).nonzero().flatten() for row in stages])
 
-    def _has_tied_match(self, tokens: Tensor, state: Prior) -> bool:
-        best = self.model.map_selector.association(tokens, state).topk(2, dim=2).values
+    @staticmethod
+    def _has_tied_match(association: Tensor | None) -> bool:
+        if association is None:
+            return False
+        best = association.topk(2, dim=2).values
         gap, finite = best[..., 0] - best[..., 1], torch.isfinite(best).all(2)
         return bool((finite & (gap <= TIE_MARGIN * best[..., 0].abs().max())).any())
 
@@ -116,7 +118,7 @@ def check_parity(
     state = model.initial_state(1)
     buffers = engine.open_stream()
     for index, frame in enumerate(frames):
-        used = reset_budget(budget, model.patch_count) if index == 0 else budget
+        used = model.budget_rule.at_reset(budget) if index == 0 else budget
         image = torch.from_numpy(frame)[None]
         buffers.set_state(named_state(model, state, mode))
         buffers.image[0] = frame

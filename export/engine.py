@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.budget import validate_budget
 from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, TokenBudgetError
 from runtime.manifest import GraphSpec
@@ -68,7 +67,7 @@ def _check_request(bundle: Bundle, budgets: Mapping[str, Sequence[int]]) -> list
             f"an engine is built for named budgets and none was given. {bundle.folder} has the presets "
             f"{', '.join(manifest.presets)}."
         )
-    checked = {name: validate_budget(counts, manifest.patch_count, manifest.stages) for name, counts in budgets.items()}
+    checked = {name: manifest.budget_rule.checked(counts) for name, counts in budgets.items()}
     for name, counts in checked.items():
         if manifest.graph.has_budget and max(counts) > LARGEST_TOP_K:
             raise TokenBudgetError(

@@ -54,7 +54,7 @@ class StepInterface:
 
 def step_interface(model: PrunedHost, selection: Selection) -> StepInterface:
     """The interface of a graph of this host that selects in this way."""
-    state = model.dense_state if selection is Selection.NONE else model.state_type._fields
+    state = model.state_fields(selection)
     carried = tuple(field for field in state if field not in model.host_state)
     return StepInterface(selection, state, carried, model.outputs_type._fields)
 
@@ -65,12 +65,13 @@ class GraphStep(nn.Module):
     def __init__(self, model: PrunedHost, interface: StepInterface) -> None:
         super().__init__()
         self.model, self.interface = model, interface
+        self.initial = model.initial_state(1)  # for what this graph does not take
 
     def forward(
         self, image: Tensor, state: tuple[Tensor, ...], token_budget: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Run one step; ``state`` holds the fields of the interface, in its order."""
-        full = self.model.initial_state(1)._replace(**dict(zip(self.interface.state, state, strict=True)))
+        full = self.initial._replace(**dict(zip(self.interface.state, state, strict=True)))
         outputs, next_state = self.model(image, full, token_budget, self.interface.selection)
         return (*outputs, *(getattr(next_state, name) for name in self.interface.carried))
 
@@ -152,7 +153,7 @@ def _pair(model: PrunedHost, field: str) -> StatePair:
 def initial_rows(model: PrunedHost) -> dict[str, Tensor]:
     """Fields of the state in which a new stream does not start from zeros, without the batch axis."""
     state = model.initial_state(1)._asdict()
-    return {field: value[0] for field, value in state.items() if value.any()}
+    return {field: value[0] for field, value in state.items() if value is not None and value.any()}
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from export.check import Oracle, named_state
 from models.pruned_host import PrunedHost, Selection
-from runtime.budget import reset_budget
 from runtime.reference import MASK_STRIDE
 
 FRAMES = 8
@@ -41,7 +40,7 @@ def write_reference(model: PrunedHost, path: Path, budget: tuple[int, ...], mode
     oracle, state = Oracle(model), model.initial_state(1)
     arrays: dict[str, NDArray[np.generic]] = {"frames": np.array(FRAMES)}
     for t, frame in enumerate(synthetic_frames(model.config.image_size)):
-        used = reset_budget(budget, model.patch_count) if t == 0 else budget
+        used = model.budget_rule.at_reset(budget) if t == 0 else budget
         arrays |= {f"{t}.state.{name}": value for name, value in named_state(model, state, mode).items()}
         outputs, state = oracle.run(torch.from_numpy(frame)[None], state, used, mode)
         arrays |= {f"{t}.image": frame, f"{t}.budget": np.array(used), f"{t}.tied_match": np.array(oracle.tied_match)}

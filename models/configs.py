@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# Which state a selector reads; the names of the selectors are those of :mod:`models.selectors`.
+SELECTOR_STATE: dict[str, tuple[str, ...]] = {
+    "vpp": ("keys", "keep_logits", "kept"),
+    "svit": (),
+    "dynamicvit": (),
+    "masks": ("focus",),
+    "difference": ("keys",),
+    "random": ("draw",),
+}
+IMAGE_ONLY = ("svit", "dynamicvit")
+LARGEST_REFRESH = 50
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -53,6 +65,10 @@ class VppEoConfig(SelectionStages):
         selection_blocks: Blocks before which the selective modules choose among the tokens still there.
         prior_block: Block whose output gives the keep logits that the next frame uses.
         mean, std: Normalisation of RGB values in [0, 1].
+        selector: What decides which patches are computed: a key of :data:`SELECTOR_STATE`.
+        reuse: A pruned token takes its final features from the frame before, at its own place; else it keeps the value
+            that it had when it was dropped.
+        refresh: Percent of the last stage's tokens, 0 to 50, that go to those that waited longest.
 
     The blocks of selection and prior are those of Video Patch Pruning (arXiv:2604.00827).
     """
@@ -74,6 +90,26 @@ class VppEoConfig(SelectionStages):
     prior_block: int = 5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    selector: str = "vpp"
+    reuse: bool = False
+    refresh: int = 0
+
+    def __post_init__(self) -> None:
+        if self.selector not in SELECTOR_STATE:
+            raise ValueError(f"no selector is called {self.selector!r}; there are {', '.join(SELECTOR_STATE)}")
+        if not 0 <= self.refresh <= LARGEST_REFRESH:
+            raise ValueError(f"refresh is {self.refresh}; it has to be in 0..{LARGEST_REFRESH} percent")
+
+    @property
+    def first_stage(self) -> int:
+        """The first stage that drops tokens: a selector without a prior starts at block 3, as published."""
+        return 1 if self.selector in IMAGE_ONLY else 0
+
+    @property
+    def selection_state(self) -> tuple[str, ...]:
+        """Fields of the state that selecting needs."""
+        extra = [name for name, used in (("final", self.reuse), ("age", self.refresh > 0)) if used]
+        return (*SELECTOR_STATE[self.selector], *extra)
 
 
 _ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))

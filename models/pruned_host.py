@@ -15,6 +15,7 @@ from typing_extensions import Self
 from models import selection
 from models.token_subset import TokenSubset
 from models.vit import Mlp
+from runtime.budget import BudgetRule
 from runtime.manifest import TrackerSettings, TrackQuerySettings
 
 PUBLISHED_POOL_RADIUS = 4  # 9 x 9 patches
@@ -121,7 +122,8 @@ class MapSelector(nn.Module):
 class PrunedHost(nn.Module):
     """A network with a Map-SM and selective modules; one step is a pure function of image, state and budget.
 
-    A subclass builds ``map_selector`` and ``selectors`` and has a ``config`` that names the blocks of the stages.
+    A subclass has a ``config`` that names the blocks of the stages; one that selects as published builds
+    ``map_selector`` and ``selectors``.
 
     Attributes:
         state_type: Named tuple of what one frame leaves to the next; has the fields of :class:`Prior`.
@@ -144,6 +146,15 @@ class PrunedHost(nn.Module):
     def patch_count(self) -> int:
         """Patch tokens N of one image."""
         return self.patch_grid[0] * self.patch_grid[1]
+
+    @property
+    def budget_rule(self) -> BudgetRule:
+        """Which budgets the network takes."""
+        return BudgetRule(self.patch_count, self.config.stages)
+
+    def state_fields(self, mode: Selection) -> tuple[str, ...]:
+        """Fields of the state that one step in this mode reads and writes."""
+        return self.dense_state if mode is Selection.NONE else tuple(self.state_type._fields)
 
     @property
     def has_selectors(self) -> bool:
@@ -176,15 +187,18 @@ class PrunedHost(nn.Module):
             return self.map_selector(tokens, state)
         return selection.keep_score(self.selectors[stage - 1](tokens))
 
+    def association(self, tokens: Tensor, state: Prior) -> Tensor | None:
+        """Map-SM's similarities [B, N, N] of the tokens with those of the frame before; None without a Map-SM."""
+        return self.map_selector.association(tokens, state)
+
     def choose(
-        self, stage: int, subset: TokenSubset, state: Prior, token_budget: Tensor | None, mode: Selection
+        self, stage: int, subset: TokenSubset, scores: Tensor, token_budget: Tensor | None, mode: Selection
     ) -> Tensor:
-        """Positions int64 [B, K] within the subset's tokens that stay."""
-        scores = self.stage_scores(stage, subset.tokens, state)
+        """Positions int64 [B, K] within the subset's tokens that stay, by their scores [B, tokens]."""
         if mode is Selection.THRESHOLD and stage > 0:
             return selection.kept_tokens(scores)
         assert token_budget is not None
-        return selection.top_tokens(scores, _count(token_budget[stage], subset.tokens.shape[1]))
+        return selection.top_tokens(scores, count_of(token_budget[stage], subset.tokens.shape[1]))
 
     def prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
         """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""
@@ -211,11 +225,14 @@ def state_ok(state: Prior, carried: Tensor, mode: Selection) -> Tensor:
     total = carried.float().sum((1, 2))
     if mode is Selection.NONE:
         return total.abs() < float("inf")
-    total = total + state.keys.float().sum((1, 2)) + state.keep_logits.float().sum((1, 2))
-    return (total.abs() < float("inf")) & state.kept.any(1)
+    for name in ("keys", "keep_logits", "final"):
+        if (value := getattr(state, name, None)) is not None:
+            total = total + value.float().sum((1, 2))
+    finite = total.abs() < float("inf")
+    return finite if state.kept is None else finite & state.kept.any(1)
 
 
-def _count(entry: Tensor, available: int) -> int:
+def count_of(entry: Tensor, available: int) -> int:
     """A budget entry as a size that stays dynamic in the exported graph."""
     count = entry.item()
     torch._check(count >= 1)

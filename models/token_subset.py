@@ -41,10 +41,20 @@ class TokenSubset:
             kept_stages=scatter_tokens(self.kept_stages, indices, torch.full_like(indices, stage + 1)),
         )
 
+    def keep_all(self, stage: int) -> TokenSubset:
+        """Selection stage ``stage``, before any token was dropped, drops none."""
+        return replace(self, kept_stages=torch.full_like(self.kept_stages, stage + 1))
+
+    def take(self, values: Tensor) -> Tensor:
+        """The values [B, N] of the tokens that are still there, [B, K]."""
+        return values if self.indices is None else gather_tokens(values, self.indices)
+
     def updated(self, tokens: Tensor) -> TokenSubset:
         """The same places with new values [B, K, C]."""
         return replace(self, tokens=tokens)
 
-    def merged(self) -> Tensor:
-        """All tokens [B, N, C]: the computed ones, and the last value of each that was dropped."""
-        return self.tokens if self.indices is None else scatter_tokens(self.dense, self.indices, self.tokens)
+    def merged(self, others: Tensor | None = None) -> Tensor:
+        """All tokens [B, N, C]: the computed ones, and of those that were dropped the last value, or ``others``."""
+        if self.indices is None:
+            return self.tokens
+        return scatter_tokens(self.dense if others is None else others, self.indices, self.tokens)

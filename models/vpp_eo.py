@@ -8,33 +8,59 @@ One step is a pure function of image, state and budget; what one frame leaves to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models import selection
 from models.configs import VppEoConfig
-from models.pruned_host import KeepPredictor, MapSelector, Outputs, PrunedHost, Selection, state_ok
+from models.pruned_host import KeepPredictor, MapSelector, Outputs, PrunedHost, Selection, count_of, state_ok
+from models.selectors import NOTHING, Ranking, Refresh, first_draw, make_selector, mask_focus, next_draw
 from models.token_subset import TokenSubset
 from models.vit import Block, Mlp, PatchEmbed, cosine_patches, resize_pos_embed, sincos_pos_embed
+from runtime.budget import BudgetRule
 from runtime.errors import ImageSizeError
 
 
 class State(NamedTuple):
     """What frame t-1 leaves to frame t.
 
+    What the network's selection does not need is None; see :attr:`models.configs.VppEoConfig.selection_state`.
+
     Attributes:
         keys: Tokens before the first pruned block, [B, N, C].
         keep_logits: Keep and drop logit of each token's deep features, [B, N, 2]; zero where not kept.
         kept: Tokens that were still computed at the prior block, bool [B, N].
         queries: Object queries that the next frame starts from, [B, Q, C].
+        final: Features after the last block, [B, N, C]; of a token that was dropped, those of an earlier frame.
+        age: Frames since each token last passed every stage, fp32 [B, N].
+        focus: Largest mask logit of any object in and around each patch, [B, N].
+        draw: Random integers, int64 [B, N].
     """
 
-    keys: Tensor
-    keep_logits: Tensor
-    kept: Tensor
+    keys: Tensor | None
+    keep_logits: Tensor | None
+    kept: Tensor | None
     queries: Tensor
+    final: Tensor | None = None
+    age: Tensor | None = None
+    focus: Tensor | None = None
+    draw: Tensor | None = None
+
+    def of(self, fields: tuple[str, ...]) -> State:
+        """The same with those fields alone; None elsewhere."""
+        return State(*(value if name in fields else None for name, value in zip(self._fields, self, strict=True)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """The function of each field that is there."""
+        return State(*(None if value is None else function(value) for value in self))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {name: value for name, value in zip(self._fields, self, strict=True) if value is not None}
 
 
 class MaskHead(nn.Module):
@@ -94,8 +120,12 @@ class VppEo(PrunedHost):
         self.patch_embed = PatchEmbed(config.patch_size, dim, config.mean, config.std)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_count, dim))
         self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.map_selector = MapSelector(dim, self.patch_grid, radius=config.pool_radius)
-        self.selectors = nn.ModuleList(KeepPredictor(dim, dim // 4) for _ in config.selection_blocks)
+        if config.selector == "vpp":
+            self.map_selector = MapSelector(dim, self.patch_grid, radius=config.pool_radius)
+            self.selectors = nn.ModuleList(KeepPredictor(dim, dim // 4) for _ in config.selection_blocks)
+        else:
+            self.selector = make_selector(config.selector, dim, config.stages)
+        self.refresh = Refresh(self.patch_count, config.refresh) if config.refresh else None
         self.queries = nn.Parameter(torch.zeros(config.queries, dim))
         self.query_update = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim))
         self.mask_head = MaskHead(config, self.patch_grid)
@@ -118,12 +148,27 @@ class VppEo(PrunedHost):
         """The state of a stream that has seen nothing: no prior, the learned queries."""
         count, dim = self.patch_count, self.config.embed_dim
         like = self.queries.detach()
-        return State(
+        every = State(
             keys=like.new_zeros(batch, count, dim),
             keep_logits=like.new_zeros(batch, count, 2),
             kept=torch.zeros(batch, count, dtype=torch.bool, device=like.device),
             queries=like.expand(batch, -1, -1).clone(),
+            final=like.new_zeros(batch, count, dim),
+            age=like.new_zeros(batch, count),
+            focus=like.new_full((batch, count), NOTHING),
+            draw=first_draw(count).to(like.device).repeat(batch, 1),
         )
+        return every.of(self.state_fields(Selection.BUDGET))
+
+    @property
+    def budget_rule(self) -> BudgetRule:
+        """Which budgets the network takes; with ``reuse`` a frame without a prior computes every token."""
+        stages = self.config.stages
+        return BudgetRule(self.patch_count, stages, self.config.first_stage, stages if self.config.reuse else 1)
+
+    def state_fields(self, mode: Selection) -> tuple[str, ...]:
+        """Fields of :class:`State` that one step in this mode reads and writes."""
+        return self.dense_state if mode is Selection.NONE else (*self.config.selection_state, *self.dense_state)
 
     def at_image_size(self, image_size: tuple[int, int]) -> VppEo:
         """A copy of the network for another image size (height, width); its position embedding is resampled.
@@ -137,6 +182,13 @@ class VppEo(PrunedHost):
         resized.load_state_dict(weights)
         return resized.train(self.training)
 
+    def with_selection(self, selector: str, reuse: bool, refresh: int) -> VppEo:
+        """A copy of the network that selects in another way; a selector that it did not have starts untrained."""
+        other = VppEo(replace(self.config, selector=selector, reuse=reuse, refresh=refresh))
+        own = other.state_dict()
+        other.load_state_dict({name: value for name, value in self.state_dict().items() if name in own}, strict=False)
+        return other.train(self.training)
+
     def embed(self, image: Tensor) -> Tensor:
         """uint8 image [B, H, W, 3] -> tokens [B, N, C]."""
         return self.patch_embed(image) + self.pos_embed
@@ -144,6 +196,54 @@ class VppEo(PrunedHost):
     def next_queries(self, queries: Tensor) -> Tensor:
         """Queries that the next frame starts from: the learned ones, moved by what this frame made of them."""
         return self.queries + self.query_update(queries)
+
+    def association(self, tokens: Tensor, state: State) -> Tensor | None:
+        """Map-SM's similarities, None where another selector scores."""
+        return super().association(tokens, state) if self.config.selector == "vpp" else None
+
+    def stage_scores(self, stage: int, tokens: Tensor, state: State) -> Tensor:
+        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
+        if self.config.selector == "vpp":
+            return super().stage_scores(stage, tokens, state)
+        return self.selector.stage_scores(stage, tokens)
+
+    def ranking(self, tokens: Tensor, state: State, token_budget: Tensor | None) -> Ranking:
+        """What is known of the tokens [B, N, C] before the first stage."""
+        scores = None if self.config.selector == "vpp" else self.selector.frame_scores(tokens, state)
+        if self.refresh is None:
+            return Ranking(scores, None)
+        count = self.refresh.count(count_of(token_budget[-1], self.patch_count))
+        torch._check(count <= self.patch_count)
+        oldest = selection.top_tokens(self.refresh.ranks(state.age), count)
+        none = torch.zeros_like(state.age, dtype=torch.bool)
+        return Ranking(scores, selection.scatter_tokens(none, oldest, torch.ones_like(oldest, dtype=torch.bool)))
+
+    def ranked(self, stage: int, subset: TokenSubset, state: State, ranking: Ranking) -> Tensor:
+        """Scores fp32 [B, K] of the subset's tokens, infinite for those that have to stay."""
+        if ranking.scores is None:
+            scores = self.stage_scores(stage, subset.tokens, state)
+        else:
+            scores = subset.take(ranking.scores)
+        if ranking.refreshed is None:
+            return scores
+        return torch.where(subset.take(ranking.refreshed), float("inf"), scores)
+
+    def next_memory(self, state: State, passed: Tensor, class_logits: Tensor, mask_logits: Tensor) -> State:
+        """The next state with what the selector and the refresh remember, and without what they do not need.
+
+        Args:
+            state: The next state, with age and draw as they came in.
+            passed: Tokens that passed every stage, bool [B, N].
+            class_logits, mask_logits: The frame's answer.
+        """
+        fields = self.config.selection_state
+        if "age" in fields:
+            state = state._replace(age=self.refresh.next_age(state.age, passed))
+        if "focus" in fields:
+            state = state._replace(focus=mask_focus(class_logits, mask_logits))
+        if "draw" in fields:
+            state = state._replace(draw=next_draw(state.draw))
+        return state.of(self.state_fields(Selection.BUDGET))
 
     def forward(
         self, image: Tensor, state: State, token_budget: Tensor | None = None, mode: Selection = Selection.BUDGET
@@ -159,25 +259,34 @@ class VppEo(PrunedHost):
         """
         config = self.config
         subset = TokenSubset.full(self.embed(image))
-        keys, keep_logits, prior_kept, queries = state
-        patches = self.patch_count
+        keys, keep_logits, prior_kept, queries = state[:4]
+        patches, ranking = self.patch_count, Ranking(None, None)
 
         for number, block in enumerate(self.blocks):
             if number in config.stage_blocks and mode is not Selection.NONE:
                 stage = config.stage_blocks.index(number)
-                keys = subset.tokens if stage == 0 else keys
-                subset = subset.keep(self.choose(stage, subset, state, token_budget, mode), stage)
+                if stage == 0:
+                    keys, ranking = subset.tokens, self.ranking(subset.tokens, state, token_budget)
+                if stage < config.first_stage:
+                    subset = subset.keep_all(stage)
+                else:
+                    scores = self.ranked(stage, subset, state, ranking)
+                    subset = subset.keep(self.choose(stage, subset, scores, token_budget, mode), stage)
                 patches = subset.tokens.shape[1]
             tokens = torch.cat([subset.tokens, queries], dim=1) if number >= config.query_block else subset.tokens
             tokens = block(tokens)
             subset = subset.updated(tokens[:, :patches])
             queries = tokens[:, patches:] if number >= config.query_block else queries
-            if number == config.prior_block and mode is not Selection.NONE:
+            if number == config.prior_block and mode is not Selection.NONE and config.selector == "vpp":
                 keep_logits, prior_kept = self.prior(subset)
 
-        class_logits, mask_logits = self.mask_head(subset.merged(), queries)
-        next_state = State(keys, keep_logits, prior_kept, self.next_queries(queries))
+        final = subset.merged(None if mode is Selection.NONE else state.final)
+        class_logits, mask_logits = self.mask_head(final, queries)
         kept_stages, tokens_kept = self.token_counts(subset, mode)
+        next_state = state._replace(queries=self.next_queries(queries))
+        if mode is not Selection.NONE:
+            next_state = next_state._replace(keys=keys, keep_logits=keep_logits, kept=prior_kept, final=final)
+            next_state = self.next_memory(next_state, kept_stages == config.stages, class_logits, mask_logits)
         ok = state_ok(next_state, next_state.queries, mode)
         return Outputs(class_logits, mask_logits, kept_stages, tokens_kept, ok), next_state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Integral, Real
 
@@ -16,13 +17,23 @@ SCHEDULE: dict[float, tuple[float, ...]] = {
     0.55: (0.70, 0.56, 0.448, 0.358),
     1.00: (1.00, 1.00, 1.00, 1.00),
 }
+# The same means (0.413 and 0.542) for a selector that sees the picture alone and starts at block 3, as SViT and
+# DynamicViT do: r, r^2, r^3 at its three stages.
+LATE_SCHEDULE: dict[float, tuple[float, ...]] = {
+    0.40: (1.00, 0.4246, 0.1803, 0.0766),
+    0.55: (1.00, 0.5973, 0.3568, 0.2131),
+    1.00: (1.00, 1.00, 1.00, 1.00),
+}
 STAGES = 4
 
 
-def stage_ratios(keep_ratio: float) -> tuple[float, ...]:
+def stage_ratios(keep_ratio: float, first_stage: int = 0) -> tuple[float, ...]:
     """Share of patch tokens that stays after each stage, for a mean keep ratio over all blocks.
 
     Linear between the rows of :data:`SCHEDULE`; below 0.40 the row of 0.40 is scaled down.
+
+    Args:
+        first_stage: 0, or 1 for a selector that leaves stage 0 out (:data:`LATE_SCHEDULE`).
 
     Raises:
         TokenBudgetError: ``keep_ratio`` is not in (0, 1].
@@ -36,19 +47,21 @@ def stage_ratios(keep_ratio: float) -> tuple[float, ...]:
         raise TokenBudgetError(
             f"keep ratio is {keep_ratio}, allowed is a number in (0, 1]. Usual values are 0.40, 0.55 and 1.0 (dense)."
         )
-    anchors = sorted(SCHEDULE)
+    schedule = LATE_SCHEDULE if first_stage else SCHEDULE
+    anchors = sorted(schedule)
     if keep_ratio <= anchors[0]:
-        return tuple(ratio * (keep_ratio / anchors[0]) for ratio in SCHEDULE[anchors[0]])
+        scaled = (ratio * (keep_ratio / anchors[0]) for ratio in schedule[anchors[0]][first_stage:])
+        return (1.0,) * first_stage + tuple(scaled)
     upper = next(anchor for anchor in anchors if keep_ratio <= anchor)
     lower = anchors[anchors.index(upper) - 1]
     weight = (keep_ratio - lower) / (upper - lower)
     return tuple(
         a if weight == 0.0 else b if weight == 1.0 else a + weight * (b - a)
-        for a, b in zip(SCHEDULE[lower], SCHEDULE[upper], strict=True)
+        for a, b in zip(schedule[lower], schedule[upper], strict=True)
     )
 
 
-def token_budget(patch_count: int, keep_ratio: float) -> tuple[int, ...]:
+def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0) -> tuple[int, ...]:
     """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down, at least 1.
 
     Raises:
@@ -57,13 +70,13 @@ def token_budget(patch_count: int, keep_ratio: float) -> tuple[int, ...]:
     >>> token_budget(2040, 0.55), token_budget(2040, 1.0), token_budget(2, 0.1)
     ((1428, 1142, 913, 730), (2040, 2040, 2040, 2040), (1, 1, 1, 1))
     """
-    counts = (max(1, math.floor(patch_count * ratio)) for ratio in stage_ratios(keep_ratio))
+    counts = (max(1, math.floor(patch_count * ratio)) for ratio in stage_ratios(keep_ratio, first_stage))
     return tuple(accumulate(counts, min))  # rounding in the ratios must not undo the nesting
 
 
-def reset_budget(budget: Sequence[int], patch_count: int) -> tuple[int, ...]:
-    """Budget of a frame without a prior: stage 0 keeps every token, the later stages as before."""
-    return (patch_count, *(int(count) for count in budget[1:]))
+def reset_budget(budget: Sequence[int], patch_count: int, stages: int = 1) -> tuple[int, ...]:
+    """Budget of a frame without a prior: the first ``stages`` keep every token, the later ones as before."""
+    return (patch_count,) * stages + tuple(int(count) for count in budget[stages:])
 
 
 def validate_budget(budget: Sequence[int], patch_count: int, stages: int) -> tuple[int, ...]:
@@ -94,6 +107,60 @@ def validate_budget(budget: Sequence[int], patch_count: int, stages: int) -> tup
                 f"stage {stage - 1}. Stages are nested: no count may be larger than the one before."
             )
     return counts
+
+
+@dataclass(frozen=True)
+class BudgetRule:
+    """Which budgets a network takes, and which it uses when.
+
+    Attributes:
+        patch_count: Patch tokens N of one image.
+        stages: Selection stages.
+        first_stage: The first stage that drops tokens; the ones before it keep all.
+        reset_stages: Stages that keep all on a frame without a prior: the first as published, every one where pruned
+            tokens take their features from the frame before.
+    """
+
+    patch_count: int
+    stages: int = STAGES
+    first_stage: int = 0
+    reset_stages: int = 1
+
+    def for_ratio(self, keep_ratio: float) -> tuple[int, ...]:
+        """The budget of a mean keep ratio over all blocks.
+
+        Raises:
+            TokenBudgetError: ``keep_ratio`` is not in (0, 1].
+        """
+        return token_budget(self.patch_count, keep_ratio, self.first_stage)
+
+    def at_reset(self, budget: Sequence[int]) -> tuple[int, ...]:
+        """What a frame without a prior uses instead."""
+        return reset_budget(budget, self.patch_count, self.reset_stages)
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """One token wherever tokens are dropped."""
+        return (self.patch_count,) * self.first_stage + (1,) * (self.stages - self.first_stage)
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """Every token at every stage."""
+        return (self.patch_count,) * self.stages
+
+    def checked(self, budget: Sequence[int]) -> tuple[int, ...]:
+        """The budget as integers.
+
+        Raises:
+            TokenBudgetError: As :func:`validate_budget`; or a stage before ``first_stage`` keeps less than all.
+        """
+        counts = validate_budget(budget, self.patch_count, self.stages)
+        if any(count < self.patch_count for count in counts[: self.first_stage]):
+            raise TokenBudgetError(
+                f"token budget {','.join(map(str, counts))}: this network drops no token before stage "
+                f"{self.first_stage}; the counts before that have to be {self.patch_count}."
+            )
+        return counts
 
 
 def _is_whole(count: object) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from runtime.budget import validate_budget
+from runtime.budget import BudgetRule
 from runtime.errors import BundleIntegrityError, BundleSchemaError, TokenBudgetError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: first_stage, reset_stages, giga_macs, depth, stage_blocks
 MANIFEST_FILE = "manifest.json"
 
 Count = Annotated[int, Field(ge=1)]
@@ -170,7 +171,11 @@ class Manifest(_Strict):
         presets: Token budgets by name; the name is the keep ratio that gave them.
         default_preset: The preset that is used where nothing else is asked for.
         stages: Selection stages; every budget has that many counts.
+        depth: Transformer blocks.
+        stage_blocks: Block before which each selection stage stands.
+        first_stage, reset_stages: See :class:`runtime.budget.BudgetRule`.
         baseline: The same weights without any selection operator, to measure against.
+        giga_macs: Multiply-accumulates of one step with a prior, in 10^9, by preset, and ``dense`` without selection.
         files: SHA-256 of every other file of the bundle.
     """
 
@@ -183,10 +188,15 @@ class Manifest(_Strict):
     pad_value: tuple[Channel, Channel, Channel]
     normalisation: dict[Literal["mean", "std"], tuple[float, float, float]]
     stages: Count
+    depth: Count
+    stage_blocks: tuple[Annotated[int, Field(ge=0)], ...]
+    first_stage: Annotated[int, Field(ge=0, le=1)] = 0
+    reset_stages: Count = 1
     presets: dict[str, tuple[int, ...]]
     default_preset: str
     graph: GraphSpec
     baseline: GraphSpec | None
+    giga_macs: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     tracker: AnyTrackerSettings
     precision: Literal["fp32", "fp16", "bf16"]
     opset: Count
@@ -198,6 +208,18 @@ class Manifest(_Strict):
         """Patch tokens N of one image."""
         return self.patch_grid[0] * self.patch_grid[1]
 
+    def mean_share(self, tokens_kept: Sequence[int]) -> float:
+        """Share of the patch tokens that a block computes, mean over the blocks, from the tokens kept at each stage."""
+        ends = (*self.stage_blocks[1:], self.depth)
+        lengths = [end - start for start, end in zip(self.stage_blocks, ends, strict=True)]
+        computed = sum(length * int(count) for length, count in zip(lengths, tokens_kept, strict=True))
+        return (self.stage_blocks[0] + computed / self.patch_count) / self.depth
+
+    @property
+    def budget_rule(self) -> BudgetRule:
+        """Which budgets the network takes."""
+        return BudgetRule(self.patch_count, self.stages, self.first_stage, self.reset_stages)
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
         rows, columns = self.patch_grid
@@ -205,11 +227,18 @@ class Manifest(_Strict):
             raise ValueError(
                 f"patch grid {self.patch_grid} x patch size {self.patch_size} is not the image size {self.image_size}"
             )
+        if (
+            len(self.stage_blocks) != self.stages
+            or list(self.stage_blocks) != sorted({*self.stage_blocks, self.depth})[:-1]
+        ):
+            raise ValueError(
+                f"stages: stage_blocks {self.stage_blocks} are not {self.stages} rising numbers below {self.depth}"
+            )
         if self.default_preset not in self.presets:
             raise ValueError(f"default preset {self.default_preset} is none of {', '.join(self.presets)}")
         for name, budget in self.presets.items():
             try:
-                validate_budget(budget, self.patch_count, self.stages)
+                self.budget_rule.checked(budget)
             except TokenBudgetError as error:
                 raise ValueError(f"preset {name}: {error}") from error
         image = TensorSpec(name="image", dtype="uint8", shape=("batch", *self.image_size, 3))

@@ -47,14 +47,16 @@ def undecided(scores: NDArray[np.float32], kept: int | None) -> NDArray[np.bool_
     """Tokens [N] whose score lies within the margin of the one that decides.
 
     Args:
-        scores: float [N], NaN for tokens that the stage did not choose from.
+        scores: float [N], NaN for tokens that the stage did not choose from, infinite for those that it had to keep.
         kept: Tokens that the stage keeps; None if it keeps all scores of 0 and more.
     """
     valid = np.sort(scores[~np.isnan(scores)])[::-1]
     if len(valid) == 0 or (kept is not None and kept >= len(valid)):
         return np.zeros(scores.shape, bool)
     deciding = valid[kept - 1] if kept is not None else np.float32(0)
-    near: NDArray[np.bool_] = np.abs(scores - deciding) <= TIE_MARGIN * np.abs(valid).max()
+    if np.isinf(deciding):  # only what had to be kept was
+        return np.zeros(scores.shape, bool)
+    near: NDArray[np.bool_] = np.abs(scores - deciding) <= TIE_MARGIN * np.abs(valid[np.isfinite(valid)]).max()
     return near
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import Engine, StreamBuffers, load_engine
-from runtime.budget import reset_budget
+from runtime.budget import BudgetRule
 from runtime.bundle import Bundle
 from runtime.stream import Stream
 from runtime.video.frame import Frame
@@ -87,9 +87,9 @@ def profile_bundle(
     tasks: dict[str, Callable[[], object]] = {}
     if manifest.baseline is not None:
         dense = load_engine(bundle, manifest.baseline, backend=backend, threads=threads).open_stream()
-        tasks["dense"] = _stepper(dense, None, manifest.patch_count)
+        tasks["dense"] = _stepper(dense, None, manifest.budget_rule)
     for name, budget in chosen.items():
-        tasks[f"keep {name}"] = _stepper(engine.open_stream(), budget, manifest.patch_count)
+        tasks[f"keep {name}"] = _stepper(engine.open_stream(), budget, manifest.budget_rule)
     times = _measure(tasks, steps, warm_up, on_step)
     base = float(np.median(times["dense"])) if "dense" in times else None
     budgets = {"dense": None, **{f"keep {name}": budget for name, budget in chosen.items()}}
@@ -104,11 +104,11 @@ def total_steps(bundle: Bundle, steps: int, warm_up: int, presets: Sequence[str]
     return rows * (steps + warm_up)
 
 
-def _stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, patches: int) -> Callable[[], object]:
+def _stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, rule: BudgetRule) -> Callable[[], object]:
     """One step of a stream that has a prior."""
     rng = np.random.default_rng(0)
     buffers.image[:] = rng.integers(0, 256, buffers.image.shape, np.uint8)
-    buffers.run(None if budget is None else reset_budget(budget, patches))
+    buffers.run(None if budget is None else rule.at_reset(budget))
     buffers.commit()
 
     def step() -> None:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import Engine, StreamBuffers
-from runtime.budget import reset_budget, token_budget, validate_budget
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
 from runtime.manifest import Manifest, TrackerSettings
@@ -101,7 +100,7 @@ class Stream:
         manifest = bundle.manifest
         self.bundle, self.engine = bundle, engine
         self.budget = choose_budget(bundle, budget, keep_ratio)
-        self._reset_budget = reset_budget(self.budget, manifest.patch_count)
+        self._reset_budget = manifest.budget_rule.at_reset(self.budget)
         self._reset_settings = resets
         self._buffers: StreamBuffers | None = None
         self._letterbox: Letterbox | None = None  # of the last frame prepared
@@ -279,8 +278,8 @@ def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: floa
     manifest = bundle.manifest
     if budget is None and keep_ratio is None:
         return manifest.presets[manifest.default_preset]
-    counts = budget if budget is not None else token_budget(manifest.patch_count, keep_ratio or 0.0)
-    return validate_budget(counts, manifest.patch_count, manifest.stages)
+    rule = manifest.budget_rule
+    return rule.checked(budget) if budget is not None else rule.for_ratio(keep_ratio or 0.0)
 
 
 def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:

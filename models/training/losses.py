@@ -121,3 +121,32 @@ def focus_loss(scores: list[Tensor], object_patches: Tensor) -> Tensor:
     """
     target = object_patches.float()
     return torch.stack([F.binary_cross_entropy_with_logits(score.float(), target) for score in scores]).mean()
+
+
+def distillation_loss(
+    class_logits: Tensor, mask_logits: Tensor, features: Tensor, teacher: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """How far a pruned frame is from the dense network's: classes, masks and final features, summed.
+
+    Query q of one is query q of the other, since the pruned network starts from the dense one's weights. Classes:
+    Kullback-Leibler divergence of each query, object queries counting as much as all others together. Masks: cross
+    entropy against the teacher's probabilities, weighted by how sure the teacher is of an object. Features: mean
+    squared difference after LayerNorm, over all tokens, those that were dropped too.
+
+    Args:
+        class_logits: [B, Q, classes + 1].
+        mask_logits: [B, Q, h, w].
+        features: [B, N, C].
+        teacher: The same three of the dense network.
+    """
+    classes, masks, wanted = (value.detach().float() for value in teacher)
+    probability = classes.softmax(-1)
+    is_object = 1.0 - probability[..., -1]  # [B, Q]
+    divergence = F.kl_div(class_logits.float().log_softmax(-1), probability, reduction="none").sum(-1)
+    rest = 1.0 - is_object
+    loss = (divergence * is_object).sum() / is_object.sum().clamp(min=1.0)
+    loss = loss + (divergence * rest).sum() / rest.sum().clamp(min=1.0)
+    entropy = F.binary_cross_entropy_with_logits(mask_logits.float(), masks.sigmoid(), reduction="none").mean((2, 3))
+    loss = loss + MASK_WEIGHT * (entropy * is_object).sum() / is_object.sum().clamp(min=1.0)
+    width = features.shape[-1:]
+    return loss + F.mse_loss(F.layer_norm(features.float(), width), F.layer_norm(wanted, width))

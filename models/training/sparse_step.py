@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models import selection
+from models.selectors import Ranking
 from models.vpp_eo import State, VppEo
 
 GUMBEL_SCALE = 10.0  # logits enter the softmax as l + g / 10
@@ -26,8 +27,9 @@ class Trace:
         predictions: (class logits, mask logits) after each block that carries queries, the last is the result.
         map_probability: Map-SM's soft keep probability [B, N]; None where no clip of the batch had a prior.
         stage_decisions: Straight-through two-logit decision [B, N] of each selective module.
-        scores: Ranking score [B, N] of each stage, before noise; of Map-SM only if a clip of the batch had a prior.
-        features: Final dense tokens [B, N, C].
+        scores: Ranking score [B, N] of each stage that learns one, before noise; of Map-SM only if a clip of the batch
+            had a prior.
+        features: Final dense tokens [B, N, C], those that were dropped filled in as the network does.
     """
 
     predictions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -52,22 +54,45 @@ def masked_step(
     x, queries = model.embed(image), state.queries
     keys, keep_logits, kept = state.keys, state.keep_logits, state.kept
     mask: Tensor | None = None
+    ranking = Ranking(None, None)
+    selecting = token_budget is not None
 
     for number, block in enumerate(model.blocks):
-        if token_budget is not None and number in config.stage_blocks:
+        if selecting and number in config.stage_blocks:
             stage = config.stage_blocks.index(number)
-            keys = x if stage == 0 else keys
-            score = _score(model, stage, x, state, trace, noise)
-            mask = _top_mask(score, token_budget[:, stage], mask)
+            if stage == 0:
+                keys, ranking = x, _ranking(model, x, state, token_budget)
+            if stage >= config.first_stage:
+                score = _score(model, stage, x, mask, state, ranking, trace, noise)
+                mask = _top_mask(score, ranking.refreshed, token_budget[:, stage], mask)
         joined = number >= config.query_block
         x, queries = _masked_block(block, x, mask, queries if joined else None, queries)
-        if number == config.prior_block and token_budget is not None:
+        if number == config.prior_block and selecting and config.selector == "vpp":
             keep_logits, kept = model.map_selector.predictor(x), mask.detach() > 0.5
         if joined:
-            trace.predictions.append(model.mask_head(x, queries))
+            trace.features = _filled(x, mask, state.final if selecting else None)
+            trace.predictions.append(model.mask_head(trace.features, queries))
 
-    trace.features = x
-    return trace, State(keys, keep_logits, kept, model.next_queries(queries))
+    next_state = state._replace(queries=model.next_queries(queries))
+    if selecting:
+        next_state = next_state._replace(keys=keys, keep_logits=keep_logits, kept=kept, final=trace.features)
+        next_state = model.next_memory(next_state, mask.detach() > 0.5, *trace.predictions[-1])
+    return trace, next_state
+
+
+def _filled(x: Tensor, mask: Tensor | None, others: Tensor | None) -> Tensor:
+    """Features of dropped tokens replaced by ``others``, if there are any."""
+    return x if mask is None or others is None else others + mask.unsqueeze(2) * (x - others)
+
+
+def _ranking(model: VppEo, x: Tensor, state: State, token_budget: Tensor) -> Ranking:
+    """As :meth:`models.vpp_eo.VppEo.ranking`, each clip with its own budget."""
+    rows = [
+        model.ranking(x[b : b + 1], state.map(lambda entry, b=b: entry[b : b + 1]), budget)
+        for b, budget in enumerate(token_budget)
+    ]
+    parts = (tuple(getattr(row, name) for row in rows) for name in ("scores", "refreshed"))
+    return Ranking(*(None if part[0] is None else torch.cat(part) for part in parts))
 
 
 def _masked_block(block, x: Tensor, mask: Tensor | None, joined: Tensor | None, queries: Tensor):
@@ -84,8 +109,19 @@ def _masked_block(block, x: Tensor, mask: Tensor | None, joined: Tensor | None, 
     return patches, queries if joined is None else result[:, x.shape[1] :]
 
 
-def _score(model: VppEo, stage: int, x: Tensor, state: State, trace: Trace, noise: bool) -> Tensor:
-    """Ranking score [B, N] of one stage, with its decision noted for the ratio loss."""
+def _score(
+    model: VppEo,
+    stage: int,
+    x: Tensor,
+    mask: Tensor | None,
+    state: State,
+    ranking: Ranking,
+    trace: Trace,
+    noise: bool,
+) -> Tensor:
+    """Ranking score [B, N] of one stage; one that is learned is noted with its decision, for the losses."""
+    if ranking.scores is not None:
+        return ranking.scores
     if stage == 0:
         association = _straight_through_argmax(model.map_selector.association(x, state), noise)
         plain = model.map_selector.smooth(selection.keep_score(association @ state.keep_logits))
@@ -95,7 +131,8 @@ def _score(model: VppEo, stage: int, x: Tensor, state: State, trace: Trace, nois
             trace.scores.append(plain)
             trace.map_probability = score[has_prior].sigmoid()
         return score
-    plain = selection.keep_score(model.selectors[stage - 1](x))
+    vpp = model.config.selector == "vpp"
+    plain = model.stage_scores(stage, x, state) if vpp else model.selector.stage_scores(stage, x, mask)
     trace.scores.append(plain)
     score = _with_noise(plain, noise)
     soft = score.sigmoid()
@@ -121,9 +158,10 @@ def _with_noise(score: Tensor, noise: bool) -> Tensor:
     return score + (draws[1] - draws[0]) / GUMBEL_SCALE
 
 
-def _top_mask(score: Tensor, counts: Tensor, previous: Tensor | None) -> Tensor:
+def _top_mask(score: Tensor, refreshed: Tensor | None, counts: Tensor, previous: Tensor | None) -> Tensor:
     """Straight-through mask [B, N] of the ``counts`` [B] highest scores among the tokens of ``previous``."""
-    ranked = score if previous is None else score.masked_fill(previous.detach() < 0.5, float("-inf"))
+    ranked = score if refreshed is None else score.masked_fill(refreshed, float("inf"))
+    ranked = ranked if previous is None else ranked.masked_fill(previous.detach() < 0.5, float("-inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices
     rank = torch.zeros_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

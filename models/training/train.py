@@ -30,12 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.configs import config_by_name
-from models.training.losses import Identities, focus_loss, pairwise_cost, ratio_loss, set_loss
+from models.configs import LARGEST_REFRESH, SELECTOR_STATE, config_by_name
+from models.training.losses import Identities, distillation_loss, focus_loss, pairwise_cost, ratio_loss, set_loss
 from models.training.sparse_step import Trace, masked_step
 from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
 from models.vpp_eo import State, VppEo
-from runtime.budget import reset_budget, stage_ratios, token_budget
+from runtime.budget import stage_ratios
 from runtime.errors import CheckpointError, DeployError, SourceFormatError
 
 PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
@@ -63,6 +63,10 @@ class Recipe:
         zoom: Range of the zoom of a crop; 1 shows as much of the frame as fits.
         focus_weight: Weight of the selectors' loss against where objects are, in the sparse stage.
         pixel_weight: Weight of the auxiliary per-pixel loss; its head is not part of the checkpoint.
+        selector, reuse, refresh: How the network selects, see :class:`models.configs.VppEoConfig`; a selector that
+            ``init`` does not hold starts untrained.
+        teacher: Checkpoint of the dense network that the sparse stage learns to agree with.
+        distil_weight: Weight of that agreement.
     """
 
     stage: Stage
@@ -84,6 +88,11 @@ class Recipe:
     seed: int
     bf16: bool
     init: str | None
+    selector: str = "vpp"
+    reuse: bool = False
+    refresh: int = 0
+    teacher: str | None = None
+    distil_weight: float = 1.0
 
 
 class PixelHead(nn.Module):
@@ -149,6 +158,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, model: VppEo, folder: Path) -> None:
         self.recipe, self.model, self.folder = recipe, model, folder
         self.pixel_head = PixelHead(model)
+        self.teacher = (
+            None if recipe.teacher is None else load_checkpoint(Path(recipe.teacher)).at_image_size(recipe.size)
+        )
         self.optimiser = torch.optim.AdamW(self._parameter_groups(), lr=recipe.learning_rate, betas=(0.9, 0.99))
         self.step = 0
 
@@ -217,6 +229,7 @@ class Trainer:
         ratios = self._sample_ratios(len(clips))
         state = model.initial_state(len(clips))
         state = state._replace(queries=model.queries.expand(len(clips), -1, -1))
+        taught = None if self.teacher is None else self.teacher.initial_state(len(clips))
         totals: dict[str, float] = {}
         pending: list[Tensor] = []
         for t in range(recipe.frames):
@@ -224,13 +237,22 @@ class Trainer:
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 trace, state = masked_step(model, images[:, t], state, budget, noise=True)
                 terms = self._frame_terms(trace, clips, t)
+                if self.teacher is not None:
+                    terms["distil"], taught = self._distil(trace, images[:, t], taught)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.frames
             pending.append(torch.stack(list(terms.values())).sum() / recipe.frames)
             if len(pending) == recipe.truncate or t == recipe.frames - 1:
                 torch.stack(pending).sum().backward()
-                pending, state = [], State(*(entry.detach() for entry in state))
+                pending, state = [], state.map(Tensor.detach)
         return totals
+
+    def _distil(self, trace: Trace, image: Tensor, taught: State) -> tuple[Tensor, State]:
+        """Distance to the dense network, and the state that it goes on from."""
+        with torch.no_grad():
+            wanted, taught = masked_step(self.teacher, image, taught, None, noise=False)
+        loss = distillation_loss(*trace.predictions[-1], trace.features, (*wanted.predictions[-1], wanted.features))
+        return self.recipe.distil_weight * loss, taught
 
     def _frame_terms(self, trace: Trace, clips: list[Clip], t: int) -> dict[str, Tensor]:
         """Loss terms of one frame, averaged over the clips."""
@@ -254,7 +276,7 @@ class Trainer:
             "pixels": self.recipe.pixel_weight * self.pixel_head.loss(trace.features, label_map, centre_map),
         }
         if trace.stage_decisions:
-            targets = list(stage_ratios(PRESET_RATIO)[1:])
+            targets = list(stage_ratios(PRESET_RATIO, self.model.config.first_stage)[1:])
             patches = torch.stack([clip.object_patches[t] for clip in clips])
             terms["focus"] = self.recipe.focus_weight * focus_loss(trace.scores, patches)
             terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
@@ -277,9 +299,9 @@ class Trainer:
         return [PRESET_RATIO if rng.random() < 0.5 else float(rng.uniform(*RATIO_RANGE)) for _ in range(count)]
 
     def _budgets(self, ratios: list[float], *, first: bool) -> Tensor:
-        patches = self.model.patch_count
-        budgets = [token_budget(patches, ratio) for ratio in ratios]
-        return torch.tensor([reset_budget(budget, patches) if first else budget for budget in budgets])
+        rule = self.model.budget_rule
+        budgets = [rule.for_ratio(ratio) for ratio in ratios]
+        return torch.tensor([rule.at_reset(budget) if first else budget for budget in budgets])
 
 
 def batches(dataset: ClipDataset, recipe: Recipe, first_step: int) -> Iterator[Batch]:
@@ -349,11 +371,12 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
 def _start(recipe: Recipe, classes: tuple[str, ...]) -> VppEo:
     torch.manual_seed(recipe.seed)
     if recipe.init is None:
-        return VppEo(replace(config_by_name(recipe.model, classes), image_size=recipe.size))
+        config = replace(config_by_name(recipe.model, classes), image_size=recipe.size)
+        return VppEo(replace(config, selector=recipe.selector, reuse=recipe.reuse, refresh=recipe.refresh))
     model = load_checkpoint(Path(recipe.init))
     if model.config.classes != classes:
         raise CheckpointError(f"{recipe.init} knows the classes {model.config.classes}, the data has {classes}.")
-    return model.at_image_size(recipe.size)
+    return model.at_image_size(recipe.size).with_selection(recipe.selector, recipe.reuse, recipe.refresh)
 
 
 def main(
@@ -377,11 +400,24 @@ def main(
     focus_weight: Annotated[float, typer.Option(help="Weight of the loss of the selectors against objects.")] = 40.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
+    selector: Annotated[
+        str, typer.Option(help=f"What decides which patches are computed: {', '.join(SELECTOR_STATE)}.")
+    ] = "vpp",
+    reuse: Annotated[
+        bool, typer.Option("--reuse/--stale", help="Pruned tokens: final features of the frame before, or old values.")
+    ] = False,
+    refresh: Annotated[
+        int,
+        typer.Option(min=0, max=LARGEST_REFRESH, help="Percent of the last stage's tokens for the longest waiting."),
+    ] = 0,
+    teacher: Annotated[Path | None, typer.Option(help="Dense checkpoint that the sparse stage agrees with.")] = None,
+    distil_weight: Annotated[float, typer.Option(help="Weight of that agreement.")] = 1.0,
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
         weight_decay, clip_norm, pixel_weight, focus_weight, seed, bf16, None if init is None else str(init),
+        selector, reuse, refresh, None if teacher is None else str(teacher), distil_weight,
     )  # fmt: skip
     try:
         train(recipe, output)

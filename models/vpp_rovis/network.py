@@ -172,7 +172,8 @@ class VppRovis(PrunedHost):
                 if number in config.stage_blocks and mode is not Selection.NONE:
                     stage = config.stage_blocks.index(number)
                     keys = subset.tokens if stage == 0 else keys
-                    subset = subset.keep(self.choose(stage, subset, state, token_budget, mode), stage)
+                    scores = self.stage_scores(stage, subset.tokens, state)
+                    subset = subset.keep(self.choose(stage, subset, scores, token_budget, mode), stage)
                 subset = subset.updated(self.blocks[number](subset.tokens))
             x = subset.merged()
             if mode is not Selection.NONE:

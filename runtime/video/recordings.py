@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -71,14 +71,16 @@ class ImageFolderSource(BaseSource):
     Args:
         folder: The folder.
         frame_rate: Frames per second that the time stamps are made from, default 30.
+        names: Images to take, in this order, relative to the folder; None takes all.
 
     Raises:
         SourceFormatError: There are no images, or several videos to choose from.
+        SourceNotFoundError: An image that was named is missing.
     """
 
-    def __init__(self, folder: Path, *, frame_rate: float | None = None) -> None:
+    def __init__(self, folder: Path, *, frame_rate: float | None = None, names: Sequence[str] | None = None) -> None:
         self._rate = frame_rate or _USUAL_IMAGE_RATE
-        self._paths = _images(_video_folder(folder))
+        self._paths = _images(_video_folder(folder)) if names is None else _named(folder, names)
         super().__init__(self._rate, len(self._paths))
 
     def _generate(self) -> Generator[Frame, None, None]:
@@ -108,6 +110,14 @@ def recording_from_path(path: Path, *, live: bool = False, frame_rate: float | N
     if path.is_dir():
         return ImageFolderSource(path, frame_rate=frame_rate)
     return RecordingSource(Decoder(f"file:{path}", str(path), low_delay=False), live=live)
+
+
+def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+    paths = [folder / name for name in names]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise SourceNotFoundError(f"{missing[0]} is missing, and {len(missing) - 1} more of {len(paths)} images.")
+    return paths
 
 
 def _video_folder(folder: Path) -> Path:

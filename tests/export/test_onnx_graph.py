@@ -193,7 +193,9 @@ class Pair:
 
     def step(self, frames: list[np.ndarray], budget: tuple[int, ...]) -> dict[str, np.ndarray]:
         """One frame of every stream; raises if the graph and torch disagree."""
-        state = State(**{name: torch.from_numpy(self.buffers.state()[state_name(name)]) for name in State._fields})
+        fields = self.oracle.model.state_fields(Selection.BUDGET)
+        empty = State(None, None, None, None)
+        state = empty._replace(**{name: torch.from_numpy(self.buffers.state()[state_name(name)]) for name in fields})
         self.buffers.image[:] = np.stack(frames)
         got = {name: value.copy() for name, value in self.buffers.run(budget).items()}
         self.buffers.commit()
@@ -207,7 +209,7 @@ class Pair:
         forced = torch.from_numpy(got["kept_stages"])
         outputs, following = self.oracle.run(image, state, budget, Selection.BUDGET, forced)
         want = {name: value.numpy() for name, value in outputs._asdict().items()}
-        want |= {f"next_{state_name(name)}": value.numpy() for name, value in following._asdict().items()}
+        want |= {f"next_{state_name(name)}": value.numpy() for name, value in following.tensors().items()}
         assert got.keys() == want.keys()
         for name, value in want.items():
             difference = relative_difference(got[name], value)
@@ -276,11 +278,11 @@ def run_threshold(path: Path, model: VppEo, frames: list[np.ndarray], first: int
     for t, frame in enumerate(frames):
         budget = (PATCHES if t == 0 else first,)
         feed = {"image": frame[None], "token_budget": np.array(budget)}
-        feed |= {state_name(name): value.numpy() for name, value in state._asdict().items()}
+        feed |= {state_name(name): value.numpy() for name, value in state.tensors().items()}
         got = dict(zip(names, session.run(names, feed), strict=True))
         outputs, state = oracle.run(torch.from_numpy(frame)[None], state, budget, Selection.THRESHOLD)
         want = {name: value.numpy() for name, value in outputs._asdict().items()}
-        want |= {f"next_{state_name(name)}": value.numpy() for name, value in state._asdict().items()}
+        want |= {f"next_{state_name(name)}": value.numpy() for name, value in state.tensors().items()}
         yield got, want, oracle
 
 

@@ -109,8 +109,8 @@ def test_unknown_field_is_named(changed_bundle):
 
 def test_newer_schema_says_what_to_do(changed_bundle):
     """Even where the newer manifest has fields that this version has never heard of."""
-    with pytest.raises(BundleSchemaError, match=r"schema version 2, this program reads up to 1.*Update the program"):
-        load_bundle(changed_bundle(schema_version=2, frobnication=3))
+    with pytest.raises(BundleSchemaError, match=r"schema version 3, this program reads up to 2.*Update the program"):
+        load_bundle(changed_bundle(schema_version=3, frobnication=3))
 
 
 def test_every_refusal_ends_the_program_with_2():

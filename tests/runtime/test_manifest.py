@@ -24,7 +24,7 @@ def tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
 
 
 EXAMPLE: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": SCHEMA_VERSION,
     "task": "video-instance-segmentation",
     "classes": ["dog", "cat"],
     "image_size": [32, 64],
@@ -33,6 +33,8 @@ EXAMPLE: dict[str, Any] = {
     "pad_value": [124, 116, 104],
     "normalisation": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
     "stages": 2,
+    "depth": 6,
+    "stage_blocks": [1, 4],
     "presets": {"0.55": [5, 3], "1.00": [8, 8]},
     "default_preset": "0.55",
     "graph": {
@@ -115,6 +117,8 @@ def manifests(draw: Callable) -> Manifest:
         pad_value=draw(st.tuples(*[st.integers(0, 255)] * 3)),
         normalisation={"mean": draw(triple), "std": draw(triple)},
         stages=stages,
+        depth=draw(st.integers(stages + 1, 12)),
+        stage_blocks=tuple(range(1, stages + 1)),
         presets=presets,
         default_preset=draw(st.sampled_from(sorted(presets))),
         graph=draw(graphs(image_size, "model.onnx")),
@@ -207,10 +211,15 @@ def test_example_is_good():
         ({"graph__inputs__1__shape__1": "many"}, r"graph\.inputs\.1\.shape\.1"),
         ({"graph__selection": "random"}, r"graph\.selection"),
         ({"graph__state__0__update": "sometimes"}, r"graph\.state\.0\.update"),
+        ({"stage_blocks": [1]}, r"stage_blocks \(1,\) rising numbers below 6"),
+        ({"stage_blocks": [4, 1]}, "rising numbers below 6"),
+        ({"stage_blocks": [1, 6]}, "rising numbers below 6"),
+        ({"giga_macs": {"dense": 0}}, r"giga_macs\.dense"),
+        ({"first_stage": 1}, "preset 0.55: token budget 5,3: this network drops no token before stage 1"),
         ({"graph__colour": "red"}, r"graph\.colour: Extra inputs"),
         ({"schema_version": None}, "schema_version: Field required"),
         ({"schema_version": 0}, "schema_version: "),
-        ({"schema_version": "2"}, "schema_version: "),
+        ({"schema_version": "3"}, "schema_version: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -237,6 +246,16 @@ def test_newer_schema_is_another_error(version):
 def test_not_json(text):
     with pytest.raises(BundleIntegrityError, match="is not JSON"):
         parse_manifest(text, PATH)
+
+
+def test_mean_share_counts_blocks():
+    """Blocks 0 with all 8 tokens, 1 to 3 with 5 and 4 to 5 with 3."""
+    assert parse_manifest(changed(), PATH).mean_share((5, 3)) == pytest.approx((8 + 3 * 5 + 2 * 3) / 48)
+
+
+def test_budget_rule_is_the_bundles_own():
+    rule = parse_manifest(changed(first_stage=1, reset_stages=2, presets={"0.55": [8, 3]}), PATH).budget_rule
+    assert rule.at_reset((8, 3)) == (8, 8) and rule.smallest == (8, 1)
 
 
 def test_manifest_cannot_be_changed():

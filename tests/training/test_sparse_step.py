@@ -54,7 +54,7 @@ def assert_same_state(got, want):
 
 
 def row_of(state, row):
-    return State(*(entry[row : row + 1] for entry in state))
+    return state.map(lambda entry: entry[row : row + 1])
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.55, 0.3, 0.12])
@@ -93,9 +93,8 @@ def test_clips_with_and_without_a_prior_share_a_batch():
     """A clip without a prior next to one with: each as if it were alone."""
     model, images = micro().eval(), clip(2, batch=2)
     _, state = masked_step(model, images[0], model.initial_state(2), budgets_at(0, (0.55, 0.55)), noise=False)
-    mixed = State(
-        *(torch.cat([entry[:1], start[1:]]) for entry, start in zip(state, model.initial_state(2), strict=True))
-    )
+    start = model.initial_state(2).tensors()
+    mixed = State(**{name: torch.cat([entry[:1], start[name][1:]]) for name, entry in state.tensors().items()})
     budget = torch.cat([budgets_at(1, [0.55]), budgets_at(0, [0.55])])
     trace, after = masked_step(model, images[1], mixed, budget, noise=False)
     for row in range(2):
@@ -216,9 +215,9 @@ def test_gradients_flow_two_frames_back_through_the_state(handed_on):
     first, later = micro(), micro()
     images = clip(3, batch=2)
     _, state = masked_step(first, images[0], first.initial_state(2), budgets_at(0, (0.55, 0.55)), noise=False)
-    state = State(*(
-        entry if name == handed_on else entry.detach() for name, entry in zip(state._fields, state, strict=True)
-    ))  # fmt: skip
+    state = State(**{
+        name: entry if name == handed_on else entry.detach() for name, entry in state.tensors().items()
+    })  # fmt: skip
     _, state = masked_step(later, images[1], state, budgets_at(1, (0.55, 0.55)), noise=False)
     trace, _ = masked_step(later, images[2], state, budgets_at(1, (0.55, 0.55)), noise=False)
     result_of(trace).backward()

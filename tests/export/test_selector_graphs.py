@@ -1,0 +1,76 @@
+"""Every selector as a graph: it agrees with torch, streams, and holds no operator that engines refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.bundle_writer import ExportRequest, export_bundle
+from export.reference import synthetic_frames
+from models.checkpoints import save_checkpoint
+from models.configs import CONFIGS
+from models.vpp_eo import VppEo
+from runtime.backend import load_engine
+from runtime.bundle import load_bundle
+from runtime.errors import TokenBudgetError
+from runtime.reference import verify_engine
+from runtime.stream import Stream
+
+pytestmark = pytest.mark.slow
+
+KINDS = [
+    ("vpp", True, 30),
+    ("svit", False, 0),
+    ("dynamicvit", True, 0),
+    ("masks", True, 50),
+    ("difference", False, 20),
+    ("random", True, 0),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'reuse' if kind[1] else 'stale'}-{kind[2]}")
+def bundle(request, tmp_path_factory):
+    name, reuse, refresh = request.param
+    torch.manual_seed(0)
+    model = VppEo(replace(CONFIGS["vpp-eo-micro"], selector=name, reuse=reuse, refresh=refresh))
+    folder = tmp_path_factory.mktemp("selector")
+    save_checkpoint(model, folder / "model.safetensors")
+    parity = export_bundle(ExportRequest(folder / "model.safetensors", folder / "bundle", baseline=False))
+    assert parity.keys() == {"smallest", "usual", "largest"} and all(each.worst < 1e-4 for each in parity.values())
+    return load_bundle(folder / "bundle")
+
+
+def test_verifies_and_streams_with_the_state_it_names(bundle):
+    manifest, engine = bundle.manifest, load_engine(bundle)
+    assert max(verify_engine(bundle, engine).worst.values()) < 1e-4
+    pictures = list(synthetic_frames(manifest.image_size, 5))
+    with Stream(bundle, engine, keep_ratio=0.4) as stream, Stream(bundle, engine, keep_ratio=0.4) as other:
+        kept = [stream.step(picture, timestamp_s=t / 30) for t, picture in enumerate(pictures)]
+        again = [other.step(picture, timestamp_s=t / 30) for t, picture in enumerate(pictures)]
+        stream.reset()
+        first = stream.step(pictures[0], timestamp_s=1.0)
+    rule = manifest.budget_rule
+    assert kept[0].tokens_kept.tolist() == list(rule.at_reset(rule.for_ratio(0.4)))
+    assert all(result.tokens_kept.tolist() == list(rule.for_ratio(0.4)) for result in kept[1:])
+    for one, same in zip(kept, again, strict=True):
+        np.testing.assert_array_equal(one.kept_stages, same.kept_stages)
+    np.testing.assert_array_equal(first.kept_stages, kept[0].kept_stages)  # a reset forgets all of the state
+
+
+def test_graph_has_no_node_that_engines_refuse(bundle):
+    graph = onnx.load(bundle.path(bundle.manifest.graph)).graph
+    operators = {node.op_type for node in graph.node}
+    assert not operators & {"NonZero", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", "If", "Loop"}
+
+
+def test_budget_that_the_selector_cannot_take_is_refused(bundle):
+    manifest = bundle.manifest
+    if manifest.first_stage == 0:
+        assert manifest.budget_rule.checked((50, 40, 30, 20)) == (50, 40, 30, 20)
+        return
+    with pytest.raises(TokenBudgetError, match="drops no token before stage 1"):
+        Stream(bundle, load_engine(bundle), budget=(50, 40, 30, 20))
