@@ -227,13 +227,6 @@ class Manifest(_Strict):
             raise ValueError(
                 f"patch grid {self.patch_grid} x patch size {self.patch_size} is not the image size {self.image_size}"
             )
-        if (
-            len(self.stage_blocks) != self.stages
-            or list(self.stage_blocks) != sorted({*self.stage_blocks, self.depth})[:-1]
-        ):
-            raise ValueError(
-                f"stages: stage_blocks {self.stage_blocks} are not {self.stages} rising numbers below {self.depth}"
-            )
         if self.default_preset not in self.presets:
             raise ValueError(f"default preset {self.default_preset} is none of {', '.join(self.presets)}")
         for name, budget in self.presets.items():
@@ -241,6 +234,11 @@ class Manifest(_Strict):
                 self.budget_rule.checked(budget)
             except TokenBudgetError as error:
                 raise ValueError(f"preset {name}: {error}") from error
+        blocks = [*self.stage_blocks, self.depth]
+        if len(blocks) != self.stages + 1 or blocks != sorted(set(blocks)):
+            raise ValueError(
+                f"stage_blocks {self.stage_blocks} are not {self.stages} rising numbers below {self.depth}"
+            )
         image = TensorSpec(name="image", dtype="uint8", shape=("batch", *self.image_size, 3))
         for spec in (self.graph, self.baseline):
             if spec is not None and spec.file not in self.files:

@@ -211,7 +211,7 @@ def test_example_is_good():
         ({"graph__inputs__1__shape__1": "many"}, r"graph\.inputs\.1\.shape\.1"),
         ({"graph__selection": "random"}, r"graph\.selection"),
         ({"graph__state__0__update": "sometimes"}, r"graph\.state\.0\.update"),
-        ({"stage_blocks": [1]}, r"stage_blocks \(1,\) rising numbers below 6"),
+        ({"stage_blocks": [1]}, r"stage_blocks \(1,\) are not 2 rising numbers below 6"),
         ({"stage_blocks": [4, 1]}, "rising numbers below 6"),
         ({"stage_blocks": [1, 6]}, "rising numbers below 6"),
         ({"giga_macs": {"dense": 0}}, r"giga_macs\.dense"),
