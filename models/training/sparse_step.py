@@ -27,15 +27,15 @@ class Trace:
         predictions: (class logits, mask logits) after each block that carries queries, the last is the result.
         map_probability: Map-SM's soft keep probability [B, N]; None where no clip of the batch had a prior.
         stage_decisions: Straight-through two-logit decision [B, N] of each selective module.
-        scores: Ranking score [B, N] of each stage that learns one, before noise; of Map-SM only if a clip of the batch
-            had a prior.
+        focus_scores: Score [B, N] that each predictor gives its tokens, Map-SM's at the prior block; features detached,
+            so that the loss on it teaches the predictors and leaves the network alone.
         features: Final dense tokens [B, N, C], those that were dropped filled in as the network does.
     """
 
     predictions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     map_probability: Tensor | None = None
     stage_decisions: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
+    focus_scores: list[Tensor] = field(default_factory=list)
     features: Tensor | None = None
 
 
@@ -69,6 +69,7 @@ def masked_step(
         x, queries = _masked_block(block, x, mask, queries if joined else None, queries)
         if number == config.prior_block and selecting and config.selector == "vpp":
             keep_logits, kept = model.map_selector.predictor(x), mask.detach() > 0.5
+            trace.focus_scores.append(selection.keep_score(model.map_selector.predictor(x.detach())))
         if joined:
             trace.features = _filled(x, mask, state.final if selecting else None)
             trace.predictions.append(model.mask_head(trace.features, queries))
@@ -128,13 +129,16 @@ def _score(
         score = _with_noise(plain, noise)
         has_prior = state.kept.any(1)
         if has_prior.any():
-            trace.scores.append(plain)
             trace.map_probability = score[has_prior].sigmoid()
         return score
-    vpp = model.config.selector == "vpp"
-    plain = model.stage_scores(stage, x, state) if vpp else model.selector.stage_scores(stage, x, mask)
-    trace.scores.append(plain)
-    score = _with_noise(plain, noise)
+
+    def predict(tokens: Tensor) -> Tensor:
+        if model.config.selector == "vpp":
+            return model.stage_scores(stage, tokens, state)
+        return model.selector.stage_scores(stage, tokens, mask)
+
+    trace.focus_scores.append(predict(x.detach()))
+    score = _with_noise(predict(x), noise)
     soft = score.sigmoid()
     trace.stage_decisions.append((score >= 0).to(soft.dtype) - soft.detach() + soft)
     return score

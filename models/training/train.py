@@ -278,7 +278,7 @@ class Trainer:
         if trace.stage_decisions:
             targets = list(stage_ratios(PRESET_RATIO, self.model.config.first_stage)[1:])
             patches = torch.stack([clip.object_patches[t] for clip in clips])
-            terms["focus"] = self.recipe.focus_weight * focus_loss(trace.scores, patches)
+            terms["focus"] = self.recipe.focus_weight * focus_loss(trace.focus_scores, patches)
             terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
         return terms
 
