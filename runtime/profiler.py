@@ -87,10 +87,10 @@ def profile_bundle(
     tasks: dict[str, Callable[[], object]] = {}
     if manifest.baseline is not None:
         dense = load_engine(bundle, manifest.baseline, backend=backend, threads=threads).open_stream()
-        tasks["dense"] = _stepper(dense, None, manifest.budget_rule)
+        tasks["dense"] = stepper(dense, None, manifest.budget_rule)
     for name, budget in chosen.items():
-        tasks[f"keep {name}"] = _stepper(engine.open_stream(), budget, manifest.budget_rule)
-    times = _measure(tasks, steps, warm_up, on_step)
+        tasks[f"keep {name}"] = stepper(engine.open_stream(), budget, manifest.budget_rule)
+    times = measure_in_turn(tasks, steps, warm_up, on_step)
     base = float(np.median(times["dense"])) if "dense" in times else None
     budgets = {"dense": None, **{f"keep {name}": budget for name, budget in chosen.items()}}
     rows = tuple(_row(name, budgets[name], values, base) for name, values in times.items())
@@ -104,7 +104,7 @@ def total_steps(bundle: Bundle, steps: int, warm_up: int, presets: Sequence[str]
     return rows * (steps + warm_up)
 
 
-def _stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, rule: BudgetRule) -> Callable[[], object]:
+def stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, rule: BudgetRule) -> Callable[[], object]:
     """One step of a stream that has a prior."""
     rng = np.random.default_rng(0)
     buffers.image[:] = rng.integers(0, 256, buffers.image.shape, np.uint8)
@@ -118,7 +118,7 @@ def _stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, rule: Budge
     return step
 
 
-def _measure(
+def measure_in_turn(
     tasks: dict[str, Callable[[], object]], steps: int, warm_up: int, on_step: Callable[[], None]
 ) -> dict[str, NDArray[np.float64]]:
     """Rows take turns in blocks; the first step of a block finds the caches as another row left them: not counted."""

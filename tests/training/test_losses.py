@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.training.losses import Identities, dice_loss, focus_loss, pairwise_cost, ratio_loss, set_loss
+from models.training.losses import (
+    Identities,
+    dice_loss,
+    distillation_loss,
+    focus_loss,
+    pairwise_cost,
+    ratio_loss,
+    set_loss,
+)
 
 QUERIES, CLASSES, HEIGHT, WIDTH = 6, 4, 5, 7
 
@@ -229,3 +237,47 @@ def test_focus_loss_pulls_scores_towards_objects():
     scores = torch.zeros(1, 4, requires_grad=True)
     focus_loss([scores], torch.tensor([[True, False, True, False]])).backward()
     assert scores.grad.sign().tolist() == [[-1.0, 1.0, -1.0, 1.0]]
+
+
+def student_and_teacher(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (2, 5, 4), (2, 5, 6, 8), (2, 12, 16)
+    return [tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(2)]
+
+
+def test_distillation_loss_equals_a_loop():
+    (classes, masks, features), teacher = student_and_teacher()
+    wanted = teacher[0].softmax(-1)
+    terms = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    pixels = [0.0, 0.0]
+    for b in range(2):
+        for q in range(5):
+            sure = 1 - float(wanted[b, q, -1])
+            divergence = float((wanted[b, q] * (wanted[b, q].log() - classes[b, q].log_softmax(-1))).sum())
+            for kind, weight in ((True, sure), (False, 1 - sure)):
+                terms[kind][0] += weight * divergence
+                terms[kind][1] += weight
+            target = teacher[1][b, q].sigmoid()
+            each = [
+                -(t * math.log(1 / (1 + math.exp(-x))) + (1 - t) * math.log(1 / (1 + math.exp(x))))
+                for x, t in zip(masks[b, q].flatten().tolist(), target.flatten().tolist(), strict=True)
+            ]
+            pixels[0] += sure * sum(each) / len(each)
+            pixels[1] += sure
+
+    def normalised(x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    distance = float(((normalised(features) - normalised(teacher[2])) ** 2).mean())
+    want = sum(total / max(weight, 1.0) for total, weight in terms.values()) + 5 * pixels[0] / max(pixels[1], 1.0)
+    got = float(distillation_loss(classes, masks, features, teacher))
+    assert got == pytest.approx(want + distance, rel=1e-4)
+
+
+def test_distillation_loss_is_least_for_the_teachers_own_answer():
+    student, teacher = student_and_teacher()
+    own = tuple(value.clone().requires_grad_() for value in teacher)
+    loss = distillation_loss(*own, teacher)
+    loss.backward()
+    assert loss < distillation_loss(*student, teacher)
+    assert all(value.grad.abs().max() < 1e-5 for value in own), "nothing pulls away from it"

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.configs import CONFIGS
+from models.training.losses import focus_loss
 from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
+from models.training.sparse_step import masked_step
 from models.training.train import Recipe, Stage, Trainer, batches, main, train
 from models.training.youtube_vis import ClipDataset, YouTubeVis, collate
 from models.vpp_eo import VppEo
@@ -142,6 +144,56 @@ def test_sparse_stage_goes_on_from_the_dense_checkpoint(recipe, tmp_path):
     assert "ratio" not in logged(tmp_path / "dense")[0]
     written = json.loads((tmp_path / "sparse" / "recipe.json").read_text())
     assert (written["stage"], written["init"], written["size"]) == ("sparse", str(init), list(SIZE))
+
+
+@pytest.mark.parametrize("selector", ["svit", "dynamicvit", "masks", "random"])
+def test_another_selector_goes_on_from_the_same_checkpoint(recipe, tmp_path, dense, selector):
+    chosen = {"selector": selector, "reuse": True, "refresh": 40}
+    sparse = replace(recipe, stage=Stage.SPARSE, steps=2, init=dense, teacher=dense, **chosen)
+    train(sparse, tmp_path / "run")
+    after = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert (after.config.selector, after.config.reuse, after.config.refresh) == (selector, True, 40)
+    terms = logged(tmp_path / "run")[0]
+    assert terms["distil"] > 0
+    learned = selector in ("svit", "dynamicvit")
+    assert ("focus" in terms) == ("ratio" in terms) == learned
+    if learned:
+        start = micro().with_selection(selector, True, 40).state_dict()
+        moved = [name for name, value in after.state_dict().items() if "predictors" in name]
+        assert moved and all(not torch.equal(start[name], after.state_dict()[name]) for name in moved[-2:])
+
+
+def test_teacher_is_left_alone_and_agreed_with(recipe, tmp_path, dense):
+    """The teacher is another network, so there is a way to go."""
+    torch.manual_seed(7)
+    other = VppEo(micro().config)
+    with torch.no_grad():
+        other.mask_head.classify.bias[2] += 3.0
+    save_checkpoint(other, tmp_path / "teacher.safetensors")
+    recipe = replace(
+        recipe, stage=Stage.SPARSE, steps=25, init=dense, teacher=str(tmp_path / "teacher.safetensors"), frames=2,
+        distil_weight=50.0, pixel_weight=0.0, focus_weight=0.0,
+    )  # fmt: skip
+    trainer, batch = Trainer(recipe, micro().train(), tmp_path), clips(recipe, 2)
+    before = [value.clone() for value in trainer.teacher.state_dict().values()]
+    distances = [trainer.update(batch)["distil"] for _ in range(25)]
+    assert sum(distances[-3:]) < 0.7 * sum(distances[:3])
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.state_dict().values(), strict=True))
+
+
+def test_focus_teaches_the_predictors_and_not_the_network(recipe, tmp_path, dense):
+    recipe = replace(recipe, stage=Stage.SPARSE, init=dense, frames=2)
+    model, images = micro().train(), clips(recipe, 2)["images"]
+    state = model.initial_state(2)
+    for t in range(2):
+        rule = model.budget_rule
+        budget = torch.tensor([rule.at_reset(rule.for_ratio(0.55)) if t == 0 else rule.for_ratio(0.55)] * 2)
+        trace, state = masked_step(model, images[:, t], state, budget, noise=True)
+        assert len(trace.focus_scores) == 4, "three stages, and Map-SM's predictor where it will be read"
+    focus_loss(trace.focus_scores, torch.rand(2, 60) < 0.5).backward()
+    for name, parameter in model.named_parameters():
+        is_predictor = name.startswith(("map_selector", "selectors"))
+        assert (parameter.grad is not None) == is_predictor, name
 
 
 def test_sparse_stage_at_another_size_resamples_the_positions(recipe, tmp_path):
