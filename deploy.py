@@ -49,6 +49,10 @@ BackendOption = Annotated[
     str, typer.Option(help="What runs the graph; [b]doctor[/b] lists what is there. It never falls back to another.")
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one step; 0: one per physical core.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="What the backend computes in where it can choose: fp32 or bf16 (openvino). Default: fp32."),
+]
 KeepRatioOption = Annotated[
     float | None,
     typer.Option(help="Mean share of patch tokens computed, over all blocks: above 0, up to 1 (dense). "
@@ -144,6 +148,7 @@ def run(
     token_budget: BudgetOption = None,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
+    precision: PrecisionOption = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second of an image folder; default 30.")] = None,
     live: Annotated[
         bool | None, typer.Option("--live/--recorded", help="Drop stale frames, or none; default: by the source.")
@@ -160,7 +165,7 @@ def run(
 
     loaded = load_bundle(bundle)
     classes, patch_size = loaded.manifest.classes, loaded.manifest.patch_size
-    engine = load_engine(loaded, backend=backend, threads=threads)
+    engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
     stream = Stream(loaded, engine, budget=_counts(token_budget), keep_ratio=keep_ratio)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_source(source, live=live, frame_rate=frame_rate))
@@ -199,6 +204,7 @@ def verify(
     bundle: BundleArgument,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
+    precision: PrecisionOption = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference of a tensor over its largest value.")] = 1e-4,
 ) -> None:
     """Run the bundle's reference clip here and compare with what torch gave; exit code 1 if it differs."""
@@ -207,7 +213,7 @@ def verify(
     from runtime.reference import verify_engine
 
     loaded = load_bundle(bundle)
-    engine = load_engine(loaded, backend=backend, threads=threads)
+    engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
     result = verify_engine(loaded, engine, tolerance)
     table = _table("tensor", "largest relative difference")
     for name, difference in result.worst.items():
@@ -264,6 +270,7 @@ def profile(
     bundle: BundleArgument,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
+    precision: PrecisionOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps per row.")] = 30,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps per row before that.")] = 5,
     source: Annotated[
@@ -282,7 +289,7 @@ def profile(
         progress = stack.enter_context(_progress())
         task = progress.add_task("measure", total=total_steps(loaded, steps, warm_up))
         result = profile_bundle(
-            loaded, backend=backend, threads=threads, steps=steps, warm_up=warm_up, frames=frames,
+            loaded, backend=backend, threads=threads, precision=precision, steps=steps, warm_up=warm_up, frames=frames,
             on_step=lambda: progress.advance(task),
         )  # fmt: skip
     if as_json:

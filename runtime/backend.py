@@ -84,27 +84,43 @@ class Engine(Protocol):
         """Give everything back; may be called twice."""
 
 
-EngineFactory = Callable[[Bundle, GraphSpec, int], Engine]
+EngineFactory = Callable[[Bundle, GraphSpec, int, str | None], Engine]
 
 
 def _onnxruntime(provider: str) -> EngineFactory:
-    def load(bundle: Bundle, graph: GraphSpec, threads: int) -> Engine:
+    def load(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
         from runtime.onnxruntime_backend import OnnxRuntimeEngine
 
+        if precision not in (None, bundle.manifest.precision):
+            raise BackendUnavailableError(
+                f"ONNX Runtime computes in the precision of the graph, {bundle.manifest.precision}, not in {precision}."
+            )
         return OnnxRuntimeEngine(bundle, graph, provider=provider, threads=threads)
 
     return load
 
 
+def _openvino(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
+    from runtime.openvino_backend import OpenVinoEngine
+
+    return OpenVinoEngine(bundle, graph, threads=threads, precision=precision or "fp32")
+
+
 BACKENDS: dict[str, EngineFactory] = {
     "onnxruntime": _onnxruntime("CPUExecutionProvider"),
     "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
+    "openvino": _openvino,
 }
 DEFAULT_BACKEND = "onnxruntime"
 
 
 def load_engine(
-    bundle: Bundle, graph: GraphSpec | None = None, *, backend: str = DEFAULT_BACKEND, threads: int = 0
+    bundle: Bundle,
+    graph: GraphSpec | None = None,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    threads: int = 0,
+    precision: str | None = None,
 ) -> Engine:
     """Load a graph of a bundle; never on another backend or device than the one named.
 
@@ -112,11 +128,13 @@ def load_engine(
         graph: The bundle's main graph if None.
         backend: One of :data:`BACKENDS`.
         threads: CPU threads of one step; 0 leaves it to the library.
+        precision: What the backend computes in, where it can choose: ``fp32`` or ``bf16`` for ``openvino``. None is
+            the graph's own.
 
     Raises:
-        BackendUnavailableError: The backend is unknown, not installed, or its device is not there.
+        BackendUnavailableError: The backend is unknown, not installed, or has not the device or the precision.
         BackendError: The graph cannot be loaded.
     """
     if backend not in BACKENDS:
         raise BackendUnavailableError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}.")
-    return BACKENDS[backend](bundle, graph or bundle.manifest.graph, threads)
+    return BACKENDS[backend](bundle, graph or bundle.manifest.graph, threads, precision)

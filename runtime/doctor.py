@@ -36,7 +36,7 @@ def examine() -> Iterator[Finding]:
     )
     yield from (_package(name, "") for name in ("numpy", "av", "pydantic", "pillow", "pycocotools"))
     yield from _onnxruntime()
-    yield _package("openvino", "the backend for it is planned; nothing to install yet")
+    yield _openvino()
     yield from (_tensorrt(name) for name in ("tensorrt", "tensorrt_rtx"))
     yield _opencv()
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
@@ -89,6 +89,22 @@ def _try_provider(onnxruntime, name: str, provider: str) -> Finding:  # type: ig
             "problem", f"backend {name}", f"{provider} is listed but cannot be loaded: no GPU, driver or CUDA"
         )
     return Finding("ok", f"backend {name}", f"{onnxruntime.__version__}, {provider} loads and runs")
+
+
+def _openvino() -> Finding:
+    """Run a one-node graph, and say whether this CPU computes in bf16."""
+    try:
+        import openvino
+    except ImportError as error:
+        return Finding("missing", "backend openvino", f"{error}. pip install '.[openvino]'")
+    try:
+        core = openvino.Core()
+        core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer()
+        bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
+        return Finding("problem", "backend openvino", f"installed, but fails: {str(error).splitlines()[0]}")
+    number = openvino.__version__.split("-")[0]
+    return Finding("ok", "backend openvino", f"{number}, fp32{' and bf16' if bf16 else ''} on the CPU")
 
 
 def _tensorrt(module: str) -> Finding:

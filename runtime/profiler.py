@@ -66,6 +66,7 @@ def profile_bundle(
     *,
     backend: str,
     threads: int = 0,
+    precision: str | None = None,
     steps: int = 30,
     warm_up: int = 5,
     presets: Sequence[str] | None = None,
@@ -76,6 +77,7 @@ def profile_bundle(
 
     Args:
         threads: CPU threads of one step; 0 leaves it to the library.
+        precision: See :func:`runtime.backend.load_engine`.
         steps: Measured steps per row.
         presets: Names of the bundle's presets; all if None.
         frames: Where to take frames for the pipeline's parts; smooth noise if None.
@@ -83,10 +85,12 @@ def profile_bundle(
     """
     manifest = bundle.manifest
     chosen = {name: manifest.presets[name] for name in presets or manifest.presets}
-    engine = load_engine(bundle, backend=backend, threads=threads)
+    engine = load_engine(bundle, backend=backend, threads=threads, precision=precision)
     tasks: dict[str, Callable[[], object]] = {}
     if manifest.baseline is not None:
-        dense = load_engine(bundle, manifest.baseline, backend=backend, threads=threads).open_stream()
+        dense = load_engine(
+            bundle, manifest.baseline, backend=backend, threads=threads, precision=precision
+        ).open_stream()
         tasks["dense"] = stepper(dense, None, manifest.budget_rule)
     for name, budget in chosen.items():
         tasks[f"keep {name}"] = stepper(engine.open_stream(), budget, manifest.budget_rule)

@@ -161,6 +161,7 @@ def evaluate(
     *,
     backend: str = DEFAULT_BACKEND,
     threads: int = 0,
+    precision: str | None = None,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Row:
     """Run all clips at one budget and score what came out.
@@ -168,6 +169,7 @@ def evaluate(
     Args:
         keep_ratio: None runs the dense graph of the bundle.
         threads: CPU threads of one step; 0 leaves it to the library.
+        precision: See :func:`runtime.backend.load_engine`.
         on_frame: Called after each frame, for a progress bar.
 
     Raises:
@@ -176,7 +178,8 @@ def evaluate(
     manifest = bundle.manifest
     if keep_ratio is None and manifest.baseline is None:
         raise DeployError(f"{bundle.folder} holds no dense graph. Export it again, without --no-baseline.")
-    engine = load_engine(bundle, manifest.baseline if keep_ratio is None else None, backend=backend, threads=threads)
+    graph = manifest.baseline if keep_ratio is None else None
+    engine = load_engine(bundle, graph, backend=backend, threads=threads, precision=precision)
     shares, step_ms, results = [], [], []
 
     def watch(result: FrameResult) -> None:
@@ -252,6 +255,7 @@ def main(
     clips: Annotated[int | None, typer.Option(min=1, help="Run only the first videos.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the graph.")] = DEFAULT_BACKEND,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of one step; 0: one per physical core.")] = 0,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, for openvino.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Run a data set through a bundle at every budget; print accuracy, tokens, GMACs and milliseconds."""
@@ -268,7 +272,13 @@ def main(
             for ratio in ratios:
                 rows.append(
                     evaluate(
-                        loaded, source, ratio, backend=backend, threads=threads, on_frame=lambda: progress.advance(task)
+                        loaded,
+                        source,
+                        ratio,
+                        backend=backend,
+                        threads=threads,
+                        precision=precision,
+                        on_frame=lambda: progress.advance(task),
                     )
                 )
         if results is not None:

@@ -695,7 +695,8 @@ class _ClipWriter:
     def __call__(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         clip = render_clip(self.config, seed)
         names = _write_frames(self.images / f"scene_{seed:010d}", clip.frames, self.jpeg_quality)
-        video = {"width": self.config.width, "height": self.config.height, "length": len(names), "file_names": names}
+        size = {"width": self.config.width, "height": self.config.height}
+        video = {**size, "length": len(names), "file_names": names, "cuts": list(clip.cuts)}
         return video, [_annotation(*pair) for pair in zip(clip.masks, clip.labels, strict=True)]
 
 

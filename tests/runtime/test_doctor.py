@@ -12,7 +12,7 @@ import pytest
 from runtime import doctor
 from runtime.doctor import Finding, examine
 
-BACKENDS = ["backend onnxruntime", "backend onnxruntime-cuda", "openvino", "tensorrt", "tensorrt_rtx"]
+BACKENDS = ["backend onnxruntime", "backend onnxruntime-cuda", "backend openvino", "tensorrt", "tensorrt_rtx"]
 
 
 def findings() -> dict[str, Finding]:
@@ -126,6 +126,17 @@ def test_without_onnxruntime_both_its_backends_are_missing(monkeypatch):
     assert "pip install '.[cpu]'" in found["backend onnxruntime"].detail
     assert "pip install '.[gpu]'" in found["backend onnxruntime-cuda"].detail
     assert {found[name].state for name in BACKENDS[:2]} == {"missing"}
+
+
+def test_openvino_is_tried_and_says_whether_the_cpu_has_bf16(monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    finding = findings()["backend openvino"]
+    assert finding.state == "ok" and finding.detail.startswith(openvino.__version__.split("-")[0])
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
+    assert findings()["backend openvino"].detail.endswith("fp32 on the CPU")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    missing = findings()["backend openvino"]
+    assert missing.state == "missing" and "pip install '.[openvino]'" in missing.detail
 
 
 def test_package_that_is_not_installed_says_how_to_get_it(monkeypatch):

@@ -1,0 +1,163 @@
+"""OpenVINO on x86 CPUs: the state in two sets of tensors that swap, dynamic budgets without compiling again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backend import EngineReport
+from runtime.bundle import Bundle
+from runtime.errors import BackendError, BackendUnavailableError, StepError
+from runtime.manifest import GraphSpec
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_DEVICE = "CPU"
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoEngine:
+    """One graph, compiled once for each batch that is asked for.
+
+    Args:
+        threads: Threads of one step; 0 takes OpenVINO's default, the number of physical cores.
+        precision: ``fp32``, or ``bf16`` on a CPU that computes in it. In bf16 every operator does, Map-SM's products
+            and the scores too, so that near-ties fall otherwise: compare the accuracy before you rely on it.
+
+    Raises:
+        BackendUnavailableError: OpenVINO or the precision is not there.
+        BackendError: The graph cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, graph: GraphSpec, *, threads: int = 0, precision: str = "fp32") -> None:
+        openvino = _import_openvino()
+        if precision not in _HINTS:
+            raise BackendUnavailableError(f"openvino computes in {' or '.join(_HINTS)}, not in {precision}.")
+        self._core = openvino.Core()
+        if precision == "bf16" and "BF16" not in self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+            raise BackendUnavailableError(
+                "this CPU has no bf16 arithmetic (AMX or AVX512-BF16), OpenVINO would only imitate it. Use fp32."
+            )
+        self._config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if threads:
+            self._config["INFERENCE_NUM_THREADS"] = threads
+        self._bundle, self.graph = bundle, graph
+        self.report = EngineReport("openvino", openvino.__version__.split("-")[0], f"{_DEVICE} in {precision}", threads)
+        self._compiled: dict[int, ov.CompiledModel] = {}
+        self._compile(1)
+
+    def _compile(self, batch: int) -> ov.CompiledModel:
+        path = self._bundle.path(self.graph)
+        if batch not in self._compiled:
+            try:
+                model = self._core.read_model(str(path))
+                model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})
+                self._compiled[batch] = self._core.compile_model(model, _DEVICE, self._config)
+            except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
+                raise BackendError(f"OpenVINO cannot load {path}: {_first_lines(error)}") from error
+        return self._compiled[batch]
+
+    def open_stream(self, batch: int = 1) -> OpenVinoBuffers:
+        """Allocate the buffers of one stream, in its initial state."""
+        return OpenVinoBuffers(self._compile(batch).create_infer_request(), self._bundle, self.graph, batch)
+
+    def close(self) -> None:
+        """Give the compiled graphs back; may be called twice."""
+        self._compiled.clear()
+
+
+class OpenVinoBuffers:
+    """Two sets of state tensors and one of everything else; all are numpy memory that OpenVINO reads and writes.
+
+    State that the tracker writes is one tensor, which both sets share.
+    """
+
+    def __init__(self, request: ov.InferRequest, bundle: Bundle, graph: GraphSpec, batch: int) -> None:
+        import openvino
+
+        self._request, self._bundle, self._graph, self._batch = request, bundle, graph, batch
+        carried = {pair.output: pair.input for pair in graph.carried if pair.output is not None}
+        arrays = {
+            spec.name: np.zeros(spec.shape_for(batch), spec.dtype)
+            for spec in (*graph.inputs, *graph.outputs)
+            if spec.name not in carried
+        }
+        second = arrays | {name: np.zeros_like(arrays[name]) for name in carried.values()}
+        self._sets = arrays, second  # of the inputs; the second differs in the state that the graph writes
+        tensors = [
+            {name: openvino.Tensor(array, shared_memory=True) for name, array in one.items()} for one in self._sets
+        ]
+        # by the set that holds the current state: what goes in, and where what comes out is written
+        self._bound = [
+            tensors[now] | {output: tensors[1 - now][name] for output, name in carried.items()} for now in (0, 1)
+        ]
+        self._current = 0
+        self._names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+        self.image: NDArray[np.uint8] = arrays["image"]
+        self._outputs = {spec.name: arrays[spec.name] for spec in graph.outputs if spec.name in arrays}
+        self.reset()
+
+    def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
+        """Run one step; see :class:`runtime.backend.StreamBuffers`."""
+        arrays = self._sets[0]
+        if token_budget is not None and "token_budget" in arrays:
+            arrays["token_budget"][:] = token_budget[: len(arrays["token_budget"])]
+        try:
+            for name in self._names:
+                self._request.set_tensor(name, self._bound[self._current][name])
+            self._request.infer()
+        except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
+            raise StepError(
+                f"OpenVINO failed on {self._graph.file} with budget {token_budget}: {_first_lines(error)}"
+            ) from error
+        return self._outputs
+
+    def commit(self) -> None:
+        """Make the state that the last step left the current one."""
+        self._current = 1 - self._current
+
+    def reset(self) -> None:
+        """Go back to the initial state."""
+        for pair in self._graph.state:
+            row = self._bundle.initial_row(self._graph, pair.input)
+            self._sets[self._current][pair.input][:] = 0 if row is None else row
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """A copy of the current state, by input name."""
+        return {pair.input: self._sets[self._current][pair.input].copy() for pair in self._graph.state}
+
+    def set_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Overwrite the current state.
+
+        Raises:
+            ValueError: A value has another shape or dtype than its input; the values before it are written.
+        """
+        for name, value in state.items():
+            target = self._sets[self._current][name]
+            if (value.dtype, value.shape) != (target.dtype, target.shape):
+                raise ValueError(
+                    f"{name} is {target.dtype} {list(target.shape)}, got {value.dtype} {list(value.shape)}"
+                )
+            target[:] = value
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailableError("OpenVINO is not installed. Install it: pip install openvino") from error
+    return openvino
+
+
+def _first_lines(error: Exception) -> str:
+    """What OpenVINO says, without the places in its sources that it names first."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(("Exception from", "Check '"))]
+    return " ".join(lines[:2]) or type(error).__name__
