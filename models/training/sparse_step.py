@@ -40,7 +40,13 @@ class Trace:
 
 
 def masked_step(
-    model: VppEo, image: Tensor, state: State, token_budget: Tensor | None, *, noise: bool
+    model: VppEo,
+    image: Tensor,
+    state: State,
+    token_budget: Tensor | None,
+    *,
+    noise: bool,
+    task_gradient: bool = True,
 ) -> tuple[Trace, State]:
     """Run one frame of a batch of clips, each with its own budget.
 
@@ -49,6 +55,8 @@ def masked_step(
         state: The state that the frame before left.
         token_budget: int64 [B, stages]; None runs dense.
         noise: Add Gumbel noise to every decision.
+        task_gradient: Let what follows a decision teach the selectors, straight through it, as published. Without it
+            they learn from :attr:`Trace.focus_scores` alone.
     """
     config, trace = model.config, Trace()
     x, queries = model.embed(image), state.queries
@@ -63,8 +71,12 @@ def masked_step(
             if stage == 0:
                 keys, ranking = x, _ranking(model, x, state, token_budget)
             if stage >= config.first_stage:
-                score = _score(model, stage, x, mask, state, ranking, trace, noise)
-                mask = _top_mask(score, ranking.refreshed, token_budget[:, stage], mask)
+                mask_before = mask
+                with torch.set_grad_enabled(torch.is_grad_enabled() and task_gradient):
+                    score = _score(model, stage, x, mask, state, ranking, trace, noise)
+                    mask = _top_mask(score, ranking.refreshed, token_budget[:, stage], mask)
+                if stage > 0 and ranking.scores is None:
+                    trace.focus_scores.append(_predict(model, stage, x.detach(), mask_before, state))
         joined = number >= config.query_block
         x, queries = _masked_block(block, x, mask, queries if joined else None, queries)
         if number == config.prior_block and selecting and config.selector == "vpp":
@@ -120,7 +132,7 @@ def _score(
     trace: Trace,
     noise: bool,
 ) -> Tensor:
-    """Ranking score [B, N] of one stage; one that is learned is noted with its decision, for the losses."""
+    """Ranking score [B, N] of one stage; of one that is learned the decision is noted, for the losses."""
     if ranking.scores is not None:
         return ranking.scores
     if stage == 0:
@@ -132,16 +144,17 @@ def _score(
             trace.map_probability = score[has_prior].sigmoid()
         return score
 
-    def predict(tokens: Tensor) -> Tensor:
-        if model.config.selector == "vpp":
-            return model.stage_scores(stage, tokens, state)
-        return model.selector.stage_scores(stage, tokens, mask)
-
-    trace.focus_scores.append(predict(x.detach()))
-    score = _with_noise(predict(x), noise)
+    score = _with_noise(_predict(model, stage, x, mask, state), noise)
     soft = score.sigmoid()
     trace.stage_decisions.append((score >= 0).to(soft.dtype) - soft.detach() + soft)
     return score
+
+
+def _predict(model: VppEo, stage: int, x: Tensor, mask: Tensor | None, state: State) -> Tensor:
+    """Score [B, N] of a stage after the first, of a selector that learns one."""
+    if model.config.selector == "vpp":
+        return model.stage_scores(stage, x, state)
+    return model.selector.stage_scores(stage, x, mask)
 
 
 def _straight_through_argmax(logits: Tensor, noise: bool) -> Tensor:

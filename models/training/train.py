@@ -41,7 +41,9 @@ from runtime.errors import CheckpointError, DeployError, SourceFormatError
 PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
 BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
 CENTRE_WEIGHT = 5.0  # of the distance to the object's centre in the auxiliary loss
+SELECTORS = ("map_selector.", "selectors.", "selector.")  # beginnings of the names of what selects
 PATCH = 16  # pixels, of every configuration
+SELECTOR_RATE = 5.0  # learning rate of the selectors over that of the network
 RATIO_RANGE = (0.3, 1.0)  # the other half is spread evenly over these
 
 
@@ -67,6 +69,9 @@ class Recipe:
             ``init`` does not hold starts untrained.
         teacher: Checkpoint of the dense network that the sparse stage learns to agree with.
         distil_weight: Weight of that agreement.
+        task_gradient: The task teaches the selectors too, straight through their decisions, as published, and the ratio
+            loss calibrates them; without it they learn where objects are and nothing else.
+        selector_steps: Steps at the start of the sparse stage in which the selectors alone learn, on all tokens.
     """
 
     stage: Stage
@@ -93,6 +98,8 @@ class Recipe:
     refresh: int = 0
     teacher: str | None = None
     distil_weight: float = 1.0
+    task_gradient: bool = False
+    selector_steps: int = 0
 
 
 class PixelHead(nn.Module):
@@ -166,12 +173,12 @@ class Trainer:
 
     def _parameter_groups(self) -> list[dict]:
         named = [*self.model.named_parameters(), *self.pixel_head.named_parameters()]
-        decayed = [p for name, p in named if p.ndim > 1 and "pos_embed" not in name and name != "queries"]
-        rest = [p for name, p in named if not any(p is other for other in decayed)]
-        return [
-            {"params": decayed, "weight_decay": self.recipe.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        groups = {(decay, rate): [] for decay in (self.recipe.weight_decay, 0.0) for rate in (1.0, SELECTOR_RATE)}
+        for name, parameter in named:
+            decays = parameter.ndim > 1 and "pos_embed" not in name and name != "queries"
+            rate = SELECTOR_RATE if name.startswith(SELECTORS) else 1.0
+            groups[self.recipe.weight_decay if decays else 0.0, rate].append(parameter)
+        return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in groups.items() if each]
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine down to 1 % of the peak."""
@@ -211,22 +218,25 @@ class Trainer:
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)  # a resumed run draws what it would have drawn
         rate = self.learning_rate()
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         self.optimiser.zero_grad(set_to_none=True)
-        terms = self._clip_loss(batch["images"], batch["targets"])
-        norm = nn.utils.clip_grad_norm_(
-            [p for group in self.optimiser.param_groups for p in group["params"]], self.recipe.clip_norm
-        )
+        learns = any(name.startswith(SELECTORS) for name, _ in self.model.named_parameters())
+        selectors_alone = self.recipe.stage is Stage.SPARSE and learns and self.step < self.recipe.selector_steps
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not selectors_alone or name.startswith(SELECTORS))
+        terms = self._clip_loss(batch["images"], batch["targets"], selectors_alone)
+        moved = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(moved, self.recipe.clip_norm)
         if torch.isfinite(norm):  # a broken step is skipped, not learned from
             self.optimiser.step()
         self.step += 1
         return {**terms, "norm": float(norm)}
 
-    def _clip_loss(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
+    def _clip_loss(self, images: Tensor, targets: list[Target], selectors_alone: bool) -> dict[str, float]:
         """Run the clips frame by frame and back-propagate every ``truncate`` frames."""
         recipe, model = self.recipe, self.model
         clips = [Clip(target, len(model.config.classes)) for target in targets]
-        ratios = self._sample_ratios(len(clips))
+        ratios = [1.0] * len(clips) if selectors_alone else self._sample_ratios(len(clips))
         state = model.initial_state(len(clips))
         state = state._replace(queries=model.queries.expand(len(clips), -1, -1))
         taught = None if self.teacher is None else self.teacher.initial_state(len(clips))
@@ -235,9 +245,12 @@ class Trainer:
         for t in range(recipe.frames):
             budget = None if recipe.stage is Stage.DENSE else self._budgets(ratios, first=t == 0)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-                trace, state = masked_step(model, images[:, t], state, budget, noise=True)
-                terms = self._frame_terms(trace, clips, t)
-                if self.teacher is not None:
+                trace, state = masked_step(
+                    model, images[:, t], state, budget, noise=True, task_gradient=recipe.task_gradient
+                )
+                terms = self._selector_terms(trace, clips, t)
+                terms |= {} if selectors_alone else self._frame_terms(trace, clips, t)
+                if self.teacher is not None and not selectors_alone:
                     terms["distil"], taught = self._distil(trace, images[:, t], taught)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.frames
@@ -270,15 +283,20 @@ class Trainer:
         ]
         label_map = torch.stack([clip.label_maps[t] for clip in clips])
         centre_map = torch.stack([clip.centre_maps[t] for clip in clips])
-        terms = {
+        return {
             "set": predictions[-1],
             "deep": torch.stack(predictions[:-1]).mean(),
             "pixels": self.recipe.pixel_weight * self.pixel_head.loss(trace.features, label_map, centre_map),
         }
-        if trace.stage_decisions:
-            targets = list(stage_ratios(PRESET_RATIO, self.model.config.first_stage)[1:])
+
+    def _selector_terms(self, trace: Trace, clips: list[Clip], t: int) -> dict[str, Tensor]:
+        """Loss terms of the selectors that learn, of one frame."""
+        terms = {}
+        if trace.focus_scores:
             patches = torch.stack([clip.object_patches[t] for clip in clips])
             terms["focus"] = self.recipe.focus_weight * focus_loss(trace.focus_scores, patches)
+        if trace.stage_decisions and self.recipe.task_gradient:
+            targets = list(stage_ratios(PRESET_RATIO, self.model.config.first_stage)[1:])
             terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
         return terms
 
@@ -397,7 +415,7 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     pixel_weight: Annotated[float, typer.Option(help="Weight of the auxiliary per-pixel loss.")] = 2.0,
-    focus_weight: Annotated[float, typer.Option(help="Weight of the loss of the selectors against objects.")] = 40.0,
+    focus_weight: Annotated[float, typer.Option(help="Weight of the loss of the selectors against objects.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
     selector: Annotated[
@@ -412,12 +430,19 @@ def main(
     ] = 0,
     teacher: Annotated[Path | None, typer.Option(help="Dense checkpoint that the sparse stage agrees with.")] = None,
     distil_weight: Annotated[float, typer.Option(help="Weight of that agreement.")] = 1.0,
+    task_gradient: Annotated[
+        bool, typer.Option(help="Teach the selectors through the task too, as published, and by the ratio loss.")
+    ] = False,
+    selector_steps: Annotated[
+        int, typer.Option(min=0, help="First steps of the sparse stage, in which the selectors alone learn.")
+    ] = 0,
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
         weight_decay, clip_norm, pixel_weight, focus_weight, seed, bf16, None if init is None else str(init),
-        selector, reuse, refresh, None if teacher is None else str(teacher), distil_weight,
+        selector, reuse, refresh, None if teacher is None else str(teacher), distil_weight, task_gradient,
+        selector_steps,
     )  # fmt: skip
     try:
         train(recipe, output)

@@ -15,7 +15,7 @@ from models.configs import CONFIGS
 from models.training.losses import focus_loss
 from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
 from models.training.sparse_step import masked_step
-from models.training.train import Recipe, Stage, Trainer, batches, main, train
+from models.training.train import SELECTOR_RATE, SELECTORS, Recipe, Stage, Trainer, batches, main, train
 from models.training.youtube_vis import ClipDataset, YouTubeVis, collate
 from models.vpp_eo import VppEo
 from runtime.errors import CheckpointError, ImageSizeError, SourceFormatError
@@ -140,8 +140,8 @@ def test_sparse_stage_goes_on_from_the_dense_checkpoint(recipe, tmp_path):
     for part in ("map_selector.predictor.mlp.fc2.weight", "selectors.0.mlp.fc2.weight", "selectors.2.mlp.fc2.weight"):
         assert not torch.equal(before.state_dict()[part], after.state_dict()[part]), f"{part} was trained"
     terms = logged(tmp_path / "sparse")[0]
-    assert {"set", "deep", "pixels", "focus", "ratio"} <= terms.keys()
-    assert "ratio" not in logged(tmp_path / "dense")[0]
+    assert {"set", "deep", "pixels", "focus"} <= terms.keys() and "ratio" not in terms
+    assert "focus" not in logged(tmp_path / "dense")[0]
     written = json.loads((tmp_path / "sparse" / "recipe.json").read_text())
     assert (written["stage"], written["init"], written["size"]) == ("sparse", str(init), list(SIZE))
 
@@ -156,11 +156,41 @@ def test_another_selector_goes_on_from_the_same_checkpoint(recipe, tmp_path, den
     terms = logged(tmp_path / "run")[0]
     assert terms["distil"] > 0
     learned = selector in ("svit", "dynamicvit")
-    assert ("focus" in terms) == ("ratio" in terms) == learned
+    assert ("focus" in terms) == learned
     if learned:
         start = micro().with_selection(selector, True, 40).state_dict()
         moved = [name for name, value in after.state_dict().items() if "predictors" in name]
         assert moved and all(not torch.equal(start[name], after.state_dict()[name]) for name in moved[-2:])
+
+
+def test_published_recipe_teaches_the_selectors_through_the_task(recipe, tmp_path, dense):
+    sparse = replace(recipe, stage=Stage.SPARSE, steps=1, init=dense, task_gradient=True)
+    train(sparse, tmp_path / "task")
+    assert {"focus", "ratio"} <= logged(tmp_path / "task")[0].keys()
+    trainers = [
+        Trainer(replace(sparse, task_gradient=task, focus_weight=0.0, steps=9), micro().train(), tmp_path)
+        for task in (True, False)
+    ]
+    for trainer in trainers:
+        trainer.update(clips(recipe, 2))
+    through, without = (trainer.model.selectors[0].mlp.fc2.weight.grad for trainer in trainers)
+    assert through.abs().max() > 0 and without.abs().max() == 0
+
+
+def test_selectors_learn_alone_at_first(recipe, tmp_path, dense):
+    recipe = replace(recipe, stage=Stage.SPARSE, init=dense, selector_steps=2)
+    trainer, batch = Trainer(recipe, micro().train(), tmp_path), clips(recipe, 2)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    def moved() -> set[str]:
+        now = trainer.model.state_dict()
+        return {name for name, value in before.items() if not torch.equal(value, now[name])}
+
+    for _ in range(2):
+        assert trainer.update(batch).keys() == {"focus", "norm"}
+    assert moved() and all(name.startswith(SELECTORS) for name in moved())
+    assert "set" in trainer.update(batch)
+    assert "blocks.0.mlp.fc1.weight" in moved()
 
 
 def test_teacher_is_left_alone_and_agreed_with(recipe, tmp_path, dense):
@@ -227,8 +257,8 @@ def test_step_whose_gradient_is_not_finite_is_skipped(recipe, tmp_path, monkeypa
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     clip_loss = Trainer._clip_loss
 
-    def broken(self, images, targets):
-        terms = clip_loss(self, images, targets)
+    def broken(self, *arguments):
+        terms = clip_loss(self, *arguments)
         self.model.queries.grad[0, 0] = torch.nan
         return terms
 
@@ -255,9 +285,14 @@ def test_learning_rate_warms_up_and_falls_to_one_percent(recipe, tmp_path):
 def test_matrices_decay_and_embeddings_do_not(recipe, tmp_path):
     trainer = Trainer(recipe, micro(), tmp_path)
     names = {id(p): name for name, p in [*trainer.model.named_parameters(), *trainer.pixel_head.named_parameters()]}
-    decayed, rest = ({names.pop(id(p)) for p in group["params"]} for group in trainer.optimiser.param_groups)
+    decayed, rest, fast = set(), set(), set()
+    for group in trainer.optimiser.param_groups:
+        found = {names.pop(id(p)) for p in group["params"]}
+        (decayed if group["weight_decay"] else rest).update(found)
+        fast |= found if group["rate"] == SELECTOR_RATE else set()
     assert not names, "every parameter is trained, once"
-    assert [group["weight_decay"] for group in trainer.optimiser.param_groups] == [0.05, 0.0]
+    assert {group["weight_decay"] for group in trainer.optimiser.param_groups} == {0.05, 0.0}
+    assert fast == {name for name, _ in trainer.model.named_parameters() if name.startswith(SELECTORS)}
     assert {"pos_embed", "queries", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias"} <= rest
     assert {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "predict.weight"} <= decayed
 
