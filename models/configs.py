@@ -13,6 +13,7 @@ SELECTOR_STATE: dict[str, tuple[str, ...]] = {
     "difference": ("keys",),
     "random": ("draw",),
 }
+PRUNED = ("stale", "reuse", "background")  # see VppEoConfig.pruned
 IMAGE_ONLY = ("svit", "dynamicvit")
 LARGEST_REFRESH = 50
 
@@ -66,8 +67,9 @@ class VppEoConfig(SelectionStages):
         prior_block: Block whose output gives the keep logits that the next frame uses.
         mean, std: Normalisation of RGB values in [0, 1].
         selector: What decides which patches are computed: a key of :data:`SELECTOR_STATE`.
-        reuse: A pruned token takes its final features from the frame before, at its own place; else it keeps the value
-            that it had when it was dropped.
+        pruned: What the mask head sees of a token that was dropped. ``stale``: the value that it had then (published).
+            ``reuse``: its final features of the frame before. ``background``: those, but only where the frame before
+            saw no object, so that an object that has moved on leaves no ghost.
         refresh: Percent of the last stage's tokens, 0 to 50, that go to those that waited longest.
 
     The blocks of selection and prior are those of Video Patch Pruning (arXiv:2604.00827).
@@ -91,12 +93,14 @@ class VppEoConfig(SelectionStages):
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     selector: str = "vpp"
-    reuse: bool = False
+    pruned: str = "stale"
     refresh: int = 0
 
     def __post_init__(self) -> None:
         if self.selector not in SELECTOR_STATE:
             raise ValueError(f"no selector is called {self.selector!r}; there are {', '.join(SELECTOR_STATE)}")
+        if self.pruned not in PRUNED:
+            raise ValueError(f"pruned is {self.pruned!r}; it has to be one of {', '.join(PRUNED)}")
         if not 0 <= self.refresh <= LARGEST_REFRESH:
             raise ValueError(f"refresh is {self.refresh}; it has to be in 0..{LARGEST_REFRESH} percent")
 
@@ -108,8 +112,9 @@ class VppEoConfig(SelectionStages):
     @property
     def selection_state(self) -> tuple[str, ...]:
         """Fields of the state that selecting needs."""
-        extra = [name for name, used in (("final", self.reuse), ("age", self.refresh > 0)) if used]
-        return (*SELECTOR_STATE[self.selector], *extra)
+        extra = {"stale": (), "reuse": ("final",), "background": ("final", "focus")}[self.pruned]
+        age = ("age",) if self.refresh else ()
+        return tuple(dict.fromkeys((*SELECTOR_STATE[self.selector], *extra, *age)))
 
 
 _ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))

@@ -162,9 +162,10 @@ class VppEo(PrunedHost):
 
     @property
     def budget_rule(self) -> BudgetRule:
-        """Which budgets the network takes; with ``reuse`` a frame without a prior computes every token."""
+        """Which budgets the network takes; one that re-uses features computes every token without a prior."""
         stages = self.config.stages
-        return BudgetRule(self.patch_count, stages, self.config.first_stage, stages if self.config.reuse else 1)
+        reset_stages = 1 if self.config.pruned == "stale" else stages
+        return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages)
 
     def state_fields(self, mode: Selection) -> tuple[str, ...]:
         """Fields of :class:`State` that one step in this mode reads and writes."""
@@ -182,9 +183,9 @@ class VppEo(PrunedHost):
         resized.load_state_dict(weights)
         return resized.train(self.training)
 
-    def with_selection(self, selector: str, reuse: bool, refresh: int) -> VppEo:
+    def with_selection(self, selector: str, pruned: str, refresh: int) -> VppEo:
         """A copy of the network that selects in another way; a selector that it did not have starts untrained."""
-        other = VppEo(replace(self.config, selector=selector, reuse=reuse, refresh=refresh))
+        other = VppEo(replace(self.config, selector=selector, pruned=pruned, refresh=refresh))
         own = other.state_dict()
         other.load_state_dict({name: value for name, value in self.state_dict().items() if name in own}, strict=False)
         return other.train(self.training)
@@ -227,6 +228,16 @@ class VppEo(PrunedHost):
         if ranking.refreshed is None:
             return scores
         return torch.where(subset.take(ranking.refreshed), float("inf"), scores)
+
+    def instead_of_dropped(self, state: State, last: Tensor) -> Tensor | None:
+        """Final features [B, N, C] for tokens that are dropped; None for the values that they had then.
+
+        Args:
+            last: Those values, [B, N, C].
+        """
+        if self.config.pruned == "background":
+            return torch.where(state.focus.unsqueeze(2) > 0, last, state.final)
+        return state.final
 
     def next_memory(self, state: State, passed: Tensor, class_logits: Tensor, mask_logits: Tensor) -> State:
         """The next state with what the selector and the refresh remember, and without what they do not need.
@@ -280,7 +291,7 @@ class VppEo(PrunedHost):
             if number == config.prior_block and mode is not Selection.NONE and config.selector == "vpp":
                 keep_logits, prior_kept = self.prior(subset)
 
-        final = subset.merged(None if mode is Selection.NONE else state.final)
+        final = subset.merged(None if mode is Selection.NONE else self.instead_of_dropped(state, subset.dense))
         class_logits, mask_logits = self.mask_head(final, queries)
         kept_stages, tokens_kept = self.token_counts(subset, mode)
         next_state = state._replace(queries=self.next_queries(queries))

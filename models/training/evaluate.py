@@ -70,6 +70,7 @@ class YouTubeVisSet:
 
     def __init__(self, folder: Path, classes: Sequence[str], limit: int | None = None) -> None:
         data = YouTubeVis(folder)
+        self.name = folder.name
         if tuple(classes) != data.classes:
             raise SourceFormatError(
                 f"the bundle knows {len(classes)} classes ({_few(classes)}), {data.annotations} has "

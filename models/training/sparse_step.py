@@ -83,7 +83,8 @@ def masked_step(
             keep_logits, kept = model.map_selector.predictor(x), mask.detach() > 0.5
             trace.focus_scores.append(selection.keep_score(model.map_selector.predictor(x.detach())))
         if joined:
-            trace.features = _filled(x, mask, state.final if selecting else None)
+            others = model.instead_of_dropped(state, x) if selecting else None
+            trace.features = _filled(x, mask, others)
             trace.predictions.append(model.mask_head(trace.features, queries))
 
     next_state = state._replace(queries=model.next_queries(queries))

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.configs import LARGEST_REFRESH, SELECTOR_STATE, config_by_name
+from models.configs import LARGEST_REFRESH, PRUNED, SELECTOR_STATE, config_by_name
 from models.training.losses import Identities, distillation_loss, focus_loss, pairwise_cost, ratio_loss, set_loss
 from models.training.sparse_step import Trace, masked_step
 from models.training.youtube_vis import Batch, ClipDataset, Target, YouTubeVis, collate
@@ -45,6 +45,10 @@ SELECTORS = ("map_selector.", "selectors.", "selector.")  # beginnings of the na
 PATCH = 16  # pixels, of every configuration
 SELECTOR_RATE = 5.0  # learning rate of the selectors over that of the network
 RATIO_RANGE = (0.3, 1.0)  # the other half is spread evenly over these
+
+
+SelectorName = Enum("SelectorName", {name: name for name in SELECTOR_STATE}, type=str)  # what the command offers
+PrunedName = Enum("PrunedName", {name: name for name in PRUNED}, type=str)
 
 
 class Stage(str, Enum):
@@ -65,7 +69,7 @@ class Recipe:
         zoom: Range of the zoom of a crop; 1 shows as much of the frame as fits.
         focus_weight: Weight of the selectors' loss against where objects are, in the sparse stage.
         pixel_weight: Weight of the auxiliary per-pixel loss; its head is not part of the checkpoint.
-        selector, reuse, refresh: How the network selects, see :class:`models.configs.VppEoConfig`; a selector that
+        selector, pruned, refresh: How the network selects, see :class:`models.configs.VppEoConfig`; a selector that
             ``init`` does not hold starts untrained.
         teacher: Checkpoint of the dense network that the sparse stage learns to agree with.
         distil_weight: Weight of that agreement.
@@ -94,7 +98,7 @@ class Recipe:
     bf16: bool
     init: str | None
     selector: str = "vpp"
-    reuse: bool = False
+    pruned: str = "stale"
     refresh: int = 0
     teacher: str | None = None
     distil_weight: float = 1.0
@@ -390,11 +394,11 @@ def _start(recipe: Recipe, classes: tuple[str, ...]) -> VppEo:
     torch.manual_seed(recipe.seed)
     if recipe.init is None:
         config = replace(config_by_name(recipe.model, classes), image_size=recipe.size)
-        return VppEo(replace(config, selector=recipe.selector, reuse=recipe.reuse, refresh=recipe.refresh))
+        return VppEo(replace(config, selector=recipe.selector, pruned=recipe.pruned, refresh=recipe.refresh))
     model = load_checkpoint(Path(recipe.init))
     if model.config.classes != classes:
         raise CheckpointError(f"{recipe.init} knows the classes {model.config.classes}, the data has {classes}.")
-    return model.at_image_size(recipe.size).with_selection(recipe.selector, recipe.reuse, recipe.refresh)
+    return model.at_image_size(recipe.size).with_selection(recipe.selector, recipe.pruned, recipe.refresh)
 
 
 def main(
@@ -418,12 +422,14 @@ def main(
     focus_weight: Annotated[float, typer.Option(help="Weight of the loss of the selectors against objects.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, clips and budgets.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16 where autocast allows.")] = True,
-    selector: Annotated[
-        str, typer.Option(help=f"What decides which patches are computed: {', '.join(SELECTOR_STATE)}.")
-    ] = "vpp",
-    reuse: Annotated[
-        bool, typer.Option("--reuse/--stale", help="Pruned tokens: final features of the frame before, or old values.")
-    ] = False,
+    selector: Annotated[SelectorName, typer.Option(help="What decides which patches are computed.")] = SelectorName.vpp,
+    pruned: Annotated[
+        PrunedName,
+        typer.Option(
+            help="What stands for a dropped token: its old value, its final features of the frame before, or those "
+            "where that saw no object."
+        ),
+    ] = PrunedName.stale,
     refresh: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_REFRESH, help="Percent of the last stage's tokens for the longest waiting."),
@@ -441,7 +447,7 @@ def main(
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
         weight_decay, clip_norm, pixel_weight, focus_weight, seed, bf16, None if init is None else str(init),
-        selector, reuse, refresh, None if teacher is None else str(teacher), distil_weight, task_gradient,
+        selector.value, pruned.value, refresh, None if teacher is None else str(teacher), distil_weight, task_gradient,
         selector_steps,
     )  # fmt: skip
     try:

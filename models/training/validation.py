@@ -27,7 +27,7 @@ SCENES = SceneConfig(
     smallest_radius=0.12,
     largest_radius=0.30,
     shared_texture_probability=0.1,
-    typical_texture_probability=0.75,
+    typical_texture_probability=1.0,
     max_furniture=3,
 )
 CLIP_STRIDE = 1_000_000  # clip i of seed s is drawn from s x this + i, as in models.training.scenes

@@ -23,20 +23,20 @@ from runtime.stream import Stream
 pytestmark = pytest.mark.slow
 
 KINDS = [
-    ("vpp", True, 30),
-    ("svit", False, 0),
-    ("dynamicvit", True, 0),
-    ("masks", True, 50),
-    ("difference", False, 20),
-    ("random", True, 0),
+    ("vpp", "background", 30),
+    ("svit", "stale", 0),
+    ("dynamicvit", "reuse", 0),
+    ("masks", "background", 50),
+    ("difference", "stale", 20),
+    ("random", "reuse", 0),
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'reuse' if kind[1] else 'stale'}-{kind[2]}")
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(map(str, kind)))
 def bundle(request, tmp_path_factory):
-    name, reuse, refresh = request.param
+    name, pruned, refresh = request.param
     torch.manual_seed(0)
-    model = VppEo(replace(CONFIGS["vpp-eo-micro"], selector=name, reuse=reuse, refresh=refresh))
+    model = VppEo(replace(CONFIGS["vpp-eo-micro"], selector=name, pruned=pruned, refresh=refresh))
     folder = tmp_path_factory.mktemp("selector")
     save_checkpoint(model, folder / "model.safetensors")
     parity = export_bundle(ExportRequest(folder / "model.safetensors", folder / "bundle", baseline=False))

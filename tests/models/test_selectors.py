@@ -20,13 +20,17 @@ from runtime.budget import token_budget
 torch.set_num_threads(1)  # 60 tokens: more threads only wait for each other
 PATCHES = 60
 TOLERANCE = {"rtol": 1e-3, "atol": 3e-4}  # straight-through sums leave 1e-7 of every masked value
-KINDS = [(name, reuse, refresh) for name in SELECTOR_STATE for reuse, refresh in ((False, 0), (True, 0), (True, 40))]
-every_kind = pytest.mark.parametrize(("name", "reuse", "refresh"), KINDS)
+KINDS = [
+    (name, pruned, refresh)
+    for name in SELECTOR_STATE
+    for pruned, refresh in (("stale", 0), ("reuse", 0), ("background", 40))
+]
+every_kind = pytest.mark.parametrize(("name", "pruned", "refresh"), KINDS)
 
 
-def network(name: str, reuse: bool = False, refresh: int = 0, seed: int = 0) -> VppEo:
+def network(name: str, pruned: str = "stale", refresh: int = 0, seed: int = 0) -> VppEo:
     """A micro network with every weight at random, so that scores are well apart."""
-    config = replace(CONFIGS["vpp-eo-micro"], selector=name, reuse=reuse, refresh=refresh)
+    config = replace(CONFIGS["vpp-eo-micro"], selector=name, pruned=pruned, refresh=refresh)
     model = VppEo(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
@@ -61,9 +65,10 @@ def run(model: VppEo, images: torch.Tensor, ratio: float) -> list:
 
 
 @every_kind
-def test_state_holds_what_the_selector_needs_and_no_more(name, reuse, refresh):
-    model = network(name, reuse, refresh)
-    want = {*SELECTOR_STATE[name], "queries", *(["final"] if reuse else []), *(["age"] if refresh else [])}
+def test_state_holds_what_the_selector_needs_and_no_more(name, pruned, refresh):
+    model = network(name, pruned, refresh)
+    extra = {"stale": set(), "reuse": {"final"}, "background": {"final", "focus"}}[pruned]
+    want = {*SELECTOR_STATE[name], "queries", *extra, *(["age"] if refresh else [])}
     assert set(model.initial_state(2).tensors()) == set(model.state_fields(Selection.BUDGET)) == want
     (_, state) = run(model, clip(1, 2), 0.55)[0]
     first = model.initial_state(2).tensors()
@@ -75,8 +80,8 @@ def test_state_holds_what_the_selector_needs_and_no_more(name, reuse, refresh):
 @every_kind
 @settings(max_examples=4, deadline=None)
 @given(ratio=st.floats(0.02, 1.0), batch=st.integers(1, 2))
-def test_every_budget_is_met_exactly(name, reuse, refresh, ratio, batch):
-    model = network(name, reuse, refresh)
+def test_every_budget_is_met_exactly(name, pruned, refresh, ratio, batch):
+    model = network(name, pruned, refresh)
     for t, (outputs, _) in enumerate(run(model, clip(3, batch), ratio)):
         counts = budgets(model, ratio, t)
         assert outputs.tokens_kept.tolist() == [list(counts)] * batch
@@ -86,9 +91,9 @@ def test_every_budget_is_met_exactly(name, reuse, refresh, ratio, batch):
 
 @every_kind
 @pytest.mark.parametrize("ratio", [0.4, 1.0])
-def test_form_that_trains_equals_the_deployed_one(name, reuse, refresh, ratio):
+def test_form_that_trains_equals_the_deployed_one(name, pruned, refresh, ratio):
     """Four frames of two clips, each form with its own state."""
-    model, images = network(name, reuse, refresh), clip(4, 2)
+    model, images = network(name, pruned, refresh), clip(4, 2)
     trained = model.initial_state(2)
     for t, (outputs, state) in enumerate(run(model, images, ratio)):
         budget = torch.tensor([budgets(model, ratio, t)] * 2)
@@ -103,7 +108,7 @@ def test_form_that_trains_equals_the_deployed_one(name, reuse, refresh, ratio):
 
 @pytest.mark.parametrize("name", SELECTOR_STATE)
 def test_all_tokens_equal_the_dense_network(name):
-    model, images = network(name, reuse=True, refresh=30), clip(3)
+    model, images = network(name, "background", 30), clip(3)
     dense = model.initial_state(1)
     for image, (outputs, _) in zip(images, run(model, images, 1.0), strict=True):
         want, dense = model(image, dense, None, Selection.NONE)
@@ -112,15 +117,34 @@ def test_all_tokens_equal_the_dense_network(name):
 
 
 def test_dropped_tokens_take_the_final_features_of_the_frame_before():
-    model = network("random", reuse=True)
+    model = network("random", "reuse")
     (_, before), (outputs, after) = run(model, clip(2), 0.4)
     passed = outputs.kept_stages[0] == 4
     torch.testing.assert_close(after.final[0, ~passed], before.final[0, ~passed], rtol=0, atol=0)
     assert ((after.final - before.final)[0, passed].abs().amax(1) > 1e-4).all()
 
 
+def test_where_an_object_was_the_old_value_stands_for_a_dropped_token():
+    """Both kinds differ from ``stale`` and from ``reuse`` exactly where the frame before says so."""
+    finals, state = {}, None
+    images = clip(2)
+    for pruned in ("stale", "reuse", "background"):
+        model = network("difference", pruned)
+        state = model.initial_state(1)
+        _, state = model(images[0], state, torch.tensor((PATCHES,) * 4))
+        if pruned != "stale":
+            state = state._replace(focus=torch.tensor([[3.0, -3.0] * 30]) if pruned == "background" else None)
+        outputs, after = model(images[1], state, torch.tensor(budgets(model, 0.4, 1)))
+        dropped = outputs.kept_stages[0] < 4
+        finals[pruned] = after.final[0] if pruned != "stale" else None
+    old_object = torch.tensor([True, False] * 30)
+    same = (finals["background"] == finals["reuse"]).all(1)
+    assert same[dropped & ~old_object].all() and not same[dropped & old_object].any()
+    assert (finals["background"][dropped & old_object] != state.final[0, dropped & old_object]).any(1).all()
+
+
 def test_frame_without_a_prior_computes_every_token_where_features_are_reused():
-    assert budgets(network("vpp", reuse=True), 0.4, t=0) == (PATCHES,) * 4
+    assert budgets(network("vpp", "reuse"), 0.4, t=0) == (PATCHES,) * 4
     assert budgets(network("vpp"), 0.4, t=0) == (PATCHES, *token_budget(PATCHES, 0.4)[1:])
 
 
@@ -148,7 +172,7 @@ def test_the_past_decides_what_is_kept(name):
 
 def test_refresh_reaches_every_token_in_turn():
     """With 40 % of 12 tokens at the last stage, 4 a frame, no token waits longer than 60 / 4 frames."""
-    model = network("masks", reuse=True, refresh=40)
+    model = network("masks", "background", 40)
     state, longest = model.initial_state(1), 0
     image = clip(1)[0]
     for t in range(40):
@@ -203,7 +227,9 @@ def test_global_predictor_sees_the_mean_of_the_other_tokens():
     torch.testing.assert_close(predictor(x[:, order]), one[:, order])
 
 
-@pytest.mark.parametrize(("field", "value"), [("selector", "best"), ("refresh", 51), ("refresh", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("selector", "best"), ("pruned", "fresh"), ("refresh", 51), ("refresh", -1)]
+)
 def test_unknown_choices_are_refused(field, value):
     with pytest.raises(ValueError, match=str(value)):
         replace(CONFIGS["vpp-eo-micro"], **{field: value})

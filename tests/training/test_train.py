@@ -148,17 +148,17 @@ def test_sparse_stage_goes_on_from_the_dense_checkpoint(recipe, tmp_path):
 
 @pytest.mark.parametrize("selector", ["svit", "dynamicvit", "masks", "random"])
 def test_another_selector_goes_on_from_the_same_checkpoint(recipe, tmp_path, dense, selector):
-    chosen = {"selector": selector, "reuse": True, "refresh": 40}
+    chosen = {"selector": selector, "pruned": "background", "refresh": 40}
     sparse = replace(recipe, stage=Stage.SPARSE, steps=2, init=dense, teacher=dense, **chosen)
     train(sparse, tmp_path / "run")
     after = load_checkpoint(tmp_path / "run" / "model.safetensors")
-    assert (after.config.selector, after.config.reuse, after.config.refresh) == (selector, True, 40)
+    assert (after.config.selector, after.config.pruned, after.config.refresh) == (selector, "background", 40)
     terms = logged(tmp_path / "run")[0]
     assert terms["distil"] > 0
     learned = selector in ("svit", "dynamicvit")
     assert ("focus" in terms) == learned
     if learned:
-        start = micro().with_selection(selector, True, 40).state_dict()
+        start = micro().with_selection(selector, "background", 40).state_dict()
         moved = [name for name, value in after.state_dict().items() if "predictors" in name]
         assert moved and all(not torch.equal(start[name], after.state_dict()[name]) for name in moved[-2:])
 

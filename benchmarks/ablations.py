@@ -1,0 +1,151 @@
+"""What a score over whole videos hides: after a cut, entering objects, a slow camera, a long run, the way of selecting.
+
+    python -m benchmarks.ablations DATA CHECKPOINT --dense dense.safetensors --work build/accuracy
+
+DATA and the work folder are those of ``benchmarks.accuracy``, whose runs are used where there are any.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.accuracy import prepared, run_row
+from benchmarks.speed import machine
+from export.bundle_writer import ExportRequest, export_bundle
+from models.pruned_host import Selection
+from models.training.average_precision import TrackEvaluation
+from models.training.evaluate import DENSE, YouTubeVisSet
+from models.training.scenes import write_youtube_vis
+from models.training.track_windows import Window, after_cuts, cut_out, detection_delays
+from models.training.validation import CLIP_STRIDE, SCENES
+from runtime.bundle import Bundle, load_bundle
+
+RATIOS = (0.55, 0.40)
+AFTER_CUT = 3  # frames
+LONG = 300  # frames of a clip in the drift test
+LONG_SEED = 4  # of its scenes, which nothing else uses
+
+Rows = dict[str, list[dict[str, Any]]]  # results by the name of the row
+
+
+class Thinned(YouTubeVisSet):
+    """Every n-th frame of a data set, as a slow camera would see it."""
+
+    def __init__(self, whole: YouTubeVisSet, every: int) -> None:
+        windows = [Window(clip.id, 0, len(clip.names), every) for clip in whole.clips]
+        self.name = f"{whole.name}-every-{every}"
+        self.truth, _ = cut_out(whole.truth, [], windows)
+        self.category_ids = whole.category_ids
+        self.clips = [replace(clip, id=number, names=clip.names[::every]) for number, clip in enumerate(whole.clips, 1)]
+
+
+def results_of(bundles: dict[str, Bundle], data: YouTubeVisSet, folder: Path, threads: int) -> Rows:
+    """Results of the dense graph and of the pruned one at both ratios; kept in the work folder."""
+    rows: Rows = {}
+    for ratio in (None, *RATIOS):
+        which = DENSE if ratio is None else "pruned"
+        target = folder / (DENSE if ratio is None else bundles["pruned"].folder.parent.name)
+        path = target / f"{data.name}-{ratio or DENSE}.row.json"
+        print(f"{data.name}, {which} {ratio or ''}", flush=True)
+        rows[DENSE if ratio is None else f"{ratio:.2f}"] = run_row(
+            bundles[which], data, ratio, path, threads, lambda: None
+        )["results"]
+    return rows
+
+
+def scores_in_windows(truth: dict[str, Any], rows: Rows, windows: list[Window]) -> dict[str, float]:
+    """AP within windows, by row."""
+    parts = {name: cut_out(truth, results, windows) for name, results in rows.items()}
+    return {name: round(TrackEvaluation(*part).scores().ap, 2) for name, part in parts.items()}
+
+
+def delays(truth: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """How many frames later than the dense network each budget finds entering objects."""
+    dense = detection_delays(truth, rows[DENSE])
+    summary: dict[str, Any] = {"objects": len(dense), "found_dense": sum(d is not None for d in dense.values())}
+    for name, results in rows.items():
+        found = detection_delays(truth, results)
+        both = [found[n] - d for n, d in dense.items() if d is not None and found[n] is not None]
+        later = np.percentile(both, (50, 90)).tolist() if both else [None, None]
+        summary[name] = {
+            "found": sum(d is not None for d in found.values()),
+            "only_dense": sum(d is not None and found[n] is None for n, d in dense.items()),
+            "later_median": later[0],
+            "later_p90": later[1],
+        }
+    return summary
+
+
+def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> dict[str, Any]:
+    """AP in the successive parts of long clips, never reset but at a cut."""
+    folder = work / f"long-{LONG}"
+    if not folder.is_dir():
+        scenes = replace(SCENES, frames=LONG, cut_probability=0.0)
+        write_youtube_vis(folder, scenes, [LONG_SEED * CLIP_STRIDE + clip for clip in range(clips)])
+    data = YouTubeVisSet(folder, bundles["pruned"].manifest.classes)
+    rows = results_of(bundles, data, work, threads)
+    starts = range(0, LONG, LONG // 5)
+    return {
+        f"{start}-{start + LONG // 5 - 1}": scores_in_windows(
+            data.truth, rows, [Window(clip.id, start, start + LONG // 5) for clip in data.clips]
+        )
+        for start in starts
+    }
+
+
+def threshold(checkpoint: Path, data: YouTubeVisSet, work: Path, threads: int) -> dict[str, Any]:
+    """The same weights where the stages after the first keep what their own decision says."""
+    folder = work / f"{checkpoint.parent.name}-threshold"
+    if not (folder / "bundle").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        export_bundle(ExportRequest(checkpoint, folder / "bundle", selection=Selection.THRESHOLD, baseline=False))
+    bundle = load_bundle(folder / "bundle")
+    rows = {}
+    for ratio in RATIOS:
+        content = run_row(bundle, data, ratio, folder / f"{data.name}-{ratio}.row.json", threads, lambda: None)
+        rows[f"{ratio:.2f}"] = content["summary"]
+    return rows
+
+
+def main(
+    data: Annotated[Path, typer.Argument(help="Folder of models.training.validation.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The pruned network.")],
+    dense: Annotated[Path, typer.Option(help="The dense network.")],
+    name: Annotated[str, typer.Option(help="The pruned network's name in the work folder.")],
+    work: Annotated[Path, typer.Option(help="Folder of benchmarks.accuracy.")] = Path("build/accuracy"),
+    output: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmarks/results/ablations.json"),
+    long_clips: Annotated[int, typer.Option(min=1, help="Clips of the drift test.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 1,
+) -> None:
+    """Run what is missing and write the answers."""
+    bundles = {DENSE: prepared(dense, work / DENSE), "pruned": prepared(checkpoint, work / name)}
+    scenes = YouTubeVisSet(data, bundles[DENSE].manifest.classes)
+    rows = results_of(bundles, scenes, work, threads)
+    cuts = after_cuts(scenes.truth, AFTER_CUT)
+    answers: dict[str, Any] = {
+        "machine": machine(),
+        "network": name,
+        "after_cut": {"cuts": len(cuts), "frames": AFTER_CUT, "AP": scores_in_windows(scenes.truth, rows, cuts)},
+        "entering": delays(scenes.truth, rows),
+    }
+    for every in (2, 4):
+        thinned = Thinned(scenes, every)
+        rows_thinned = results_of(bundles, thinned, work, threads)
+        answers[f"every_{every}_frames"] = {
+            row: round(thinned.evaluation(results).scores().ap, 2) for row, results in rows_thinned.items()
+        }
+    answers["drift"] = drift(bundles, work, long_clips, threads)
+    answers["threshold"] = threshold(checkpoint, scenes, work, threads)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(answers, indent=2) + "\n")
+    print(json.dumps(answers, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
