@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle
 from typer.testing import CliRunner
 
-from models.training import scenes
-from models.training.scenes import CLASSES, SceneConfig, render_clip, write_youtube_vis
+from models.training.scenes import CLASSES, SceneConfig, files, render_clip, sprites, write_youtube_vis
+from models.training.scenes.__main__ import main
+from models.training.scenes.shots import MIN_OBJECT_PIXELS, MIN_VISIBLE_PIXELS
+from models.training.scenes.textures import typical_texture
 from runtime.errors import SinkError
 
 # pycocotools 2.0.11 has not followed NumPy 2 yet
@@ -65,8 +67,8 @@ def test_any_scene_keeps_its_promises(seed, **fields):
     assert ((clip.labels >= 0) & (clip.labels < len(CLASSES))).all()
     assert clip.masks.sum(axis=0, dtype=int).max(initial=0) <= 1, "masks overlap"
     pixels = clip.masks.sum(axis=(2, 3))
-    assert not ((pixels > 0) & (pixels < scenes.MIN_VISIBLE_PIXELS)).any()
-    assert (pixels.max(axis=1) > scenes.MIN_OBJECT_PIXELS).all()
+    assert not ((pixels > 0) & (pixels < MIN_VISIBLE_PIXELS)).any()
+    assert (pixels.max(axis=1) > MIN_OBJECT_PIXELS).all()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_objects_differ_from_what_surrounds_them():
 def test_outlines_of_classes_differ():
     """Area over the area of the enclosing circle, as far as it goes: every class fills its sprite differently."""
     rng = np.random.default_rng(0)
-    shares = {name: scenes._fill(*scenes._outline(rng, name), 110, 40.0).mean() / 255 for name in CLASSES}
+    shares = {name: sprites._fill(*sprites.class_outline(rng, name), 110, 40.0).mean() / 255 for name in CLASSES}
     assert len({round(share, 3) for share in shares.values()}) == len(CLASSES)
     assert max(shares, key=shares.__getitem__) == "disc"
 
@@ -184,7 +186,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(config, seed):
         raise RuntimeError("no clip")
 
-    monkeypatch.setattr(scenes, "render_clip", fail)
+    monkeypatch.setattr(files, "render_clip", fail)
     with pytest.raises(RuntimeError, match="no clip"):
         write_youtube_vis(tmp_path / "set", SMALL, [1], progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +203,7 @@ def test_an_existing_folder_is_kept(tmp_path):
 
 def test_command_line(tmp_path):
     app = typer.Typer()
-    app.command()(scenes.main)
+    app.command()(main)
     arguments = [str(tmp_path / "set"), "--clips", "2", "--frames", "3", "--size", "48", "64", "--seed", "7"]
 
     assert CliRunner().invoke(app, arguments).exit_code == 0
@@ -221,12 +223,12 @@ def test_typical_texture_tells_the_class_by_its_hue():
     """Members of a class look alike and unlike those of the class on the other side of the colour circle."""
     rng = np.random.default_rng(0)
     for label in range(len(CLASSES)):
-        colours = [scenes._typical_texture(rng, label).colours[1] for _ in range(8)]
-        others = [scenes._typical_texture(rng, (label + 4) % len(CLASSES)).colours[1] for _ in range(8)]
+        colours = [typical_texture(rng, label).colours[1] for _ in range(8)]
+        others = [typical_texture(rng, (label + 4) % len(CLASSES)).colours[1] for _ in range(8)]
         tints = [np.array(group) - np.mean(group, axis=1, keepdims=True) for group in (colours, others)]
         own = tints[0].mean(0)
         assert (tints[0] @ own > 0).all() and (tints[1] @ own < 0).all()
-        assert len({scenes._typical_texture(rng, label).family for _ in range(4)}) == 1
+        assert len({typical_texture(rng, label).family for _ in range(4)}) == 1
 
 
 def test_typical_texture_changes_objects_alone():
