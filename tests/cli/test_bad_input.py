@@ -218,8 +218,8 @@ def test_bundle_with_a_missing_file(bundle_fails, own_bundle, file):
 
 def test_bundle_of_a_newer_schema(bundle_fails, own_bundle):
     manifest = json.loads((own_bundle / "manifest.json").read_text())
-    (own_bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2, "new_field": 1}))
-    bundle_fails(own_bundle, "BundleSchemaError", "schema version 2", "Update")
+    (own_bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 3, "new_field": 1}))
+    bundle_fails(own_bundle, "BundleSchemaError", "schema version 3", "Update")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"schema_version": 1}', '{"schema_version": "1"}'])
