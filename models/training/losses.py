@@ -111,9 +111,9 @@ def focus_loss(scores: list[Tensor], object_patches: Tensor) -> Tensor:
     """Cross entropy between the stages' scores and where objects are.
 
     Not part of the published recipe, where selectors learn through the task alone. Measured on ``vpp-eo-nano`` trained
-    from scratch: without it 5 % of the objects were found at a keep ratio of 0.55 after 980 steps (66 % dense). With
-    weight 2 the first two selectors still ranked object patches *below* the rest (area under the ROC curve 0.28 and
-    0.25); with weight 40 all four reached 0.91 to 0.93 within 300 steps, and 64 % were found (67 % dense).
+    from scratch: through the task, with this loss added at weight 40, the stage at block 3 kept 37 % of the object
+    patches at a keep ratio of 0.55 after 300 steps (chance: 56 %). With this loss alone, on detached features, the four
+    stages kept 99, 99, 99 and 95 % after 60 steps (``docs/accuracy.md``).
 
     Args:
         scores: Ranking score [B, N] of each stage; above 0 is "keep".
