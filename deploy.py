@@ -242,6 +242,7 @@ def inspect(
     _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}, opset {manifest.opset}")
     _say(f"image {height} x {width} (height x width), {rows} x {columns} = {manifest.patch_count} patches")
     _say(f"classes: {', '.join(manifest.classes)}")
+    _say(f"selection: {manifest.origin.selection}")
     _say(f"from {manifest.origin.checkpoint}, weights {manifest.origin.weights_sha256[:16]}")
     tensors = _table("tensor", "dtype", "shape", "state")
     partner = {
@@ -254,10 +255,11 @@ def inspect(
             shape = " x ".join(map(str, spec.shape))
             tensors.add_row(f"{kind}  {spec.name}", spec.dtype, shape, partner.get(spec.name, ""))
     console.print(tensors)
-    presets = _table("preset", *(f"stage {stage}" for stage in range(manifest.stages)))
+    presets = _table("preset", *(f"stage {stage}" for stage in range(manifest.stages)), "share of tokens", "GMACs")
     for name, budget in sorted(manifest.presets.items()):
         mark = " (default)" if name == manifest.default_preset else ""
-        presets.add_row(name + mark, *map(str, budget))
+        macs = f"{manifest.giga_macs[name]:.2f}" if name in manifest.giga_macs else ""
+        presets.add_row(name + mark, *map(str, budget), f"{manifest.mean_share(budget):.3f}", macs)
     console.print(presets)
     files = _table("file", "SHA-256")
     for name, digest in manifest.files.items():

@@ -223,6 +223,7 @@ def _manifest(
         opset=request.opset,
         origin=Origin(
             model=config.name,
+            selection="none" if request.selection is Selection.NONE else model.selection_summary,
             checkpoint=request.checkpoint.name,
             weights_sha256=weight_hash(model),
             exported_with={name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},

@@ -152,6 +152,11 @@ class PrunedHost(nn.Module):
         """Which budgets the network takes."""
         return BudgetRule(self.patch_count, self.config.stages)
 
+    @property
+    def selection_summary(self) -> str:
+        """In words: what decides which patches are computed, and what stands for those that are not."""
+        return "vpp, dropped tokens stale"
+
     def state_fields(self, mode: Selection) -> tuple[str, ...]:
         """Fields of the state that one step in this mode reads and writes."""
         return self.dense_state if mode is Selection.NONE else tuple(self.state_type._fields)

@@ -167,6 +167,12 @@ class VppEo(PrunedHost):
         reset_stages = 1 if self.config.pruned == "stale" else stages
         return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages)
 
+    @property
+    def selection_summary(self) -> str:
+        """In words: what decides which patches are computed, and what stands for those that are not."""
+        refresh = f", {self.config.refresh} % refreshed" if self.config.refresh else ""
+        return f"{self.config.selector}, dropped tokens {self.config.pruned}{refresh}"
+
     def state_fields(self, mode: Selection) -> tuple[str, ...]:
         """Fields of :class:`State` that one step in this mode reads and writes."""
         return self.dense_state if mode is Selection.NONE else (*self.config.selection_state, *self.dense_state)

@@ -152,9 +152,14 @@ AnyTrackerSettings = Annotated[
 
 
 class Origin(_Strict):
-    """Where the bundle comes from."""
+    """Where the bundle comes from.
+
+    Attributes:
+        selection: In words: what decides which patches are computed, and what stands for those that are not.
+    """
 
     model: str
+    selection: str = ""
     checkpoint: str
     weights_sha256: Sha256
     exported_with: dict[str, str]

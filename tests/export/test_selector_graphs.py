@@ -46,6 +46,8 @@ def bundle(request, tmp_path_factory):
 
 def test_verifies_and_streams_with_the_state_it_names(bundle):
     manifest, engine = bundle.manifest, load_engine(bundle)
+    name, _, rest = manifest.origin.selection.partition(", dropped tokens ")
+    assert (name, rest.split(",")[0]) in [kind[:2] for kind in KINDS]
     assert max(verify_engine(bundle, engine).worst.values()) < 1e-4
     pictures = list(synthetic_frames(manifest.image_size, 5))
     with Stream(bundle, engine, keep_ratio=0.4) as stream, Stream(bundle, engine, keep_ratio=0.4) as other:
