@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python deploy.py export models/zoo/vpp-eo-nano-scenes.safetensors --output $(DEMO)/nano
 	test -d $(DEMO)/clip || $(BIN)/python -m models.training.scenes $(DEMO)/clip --clips 1 --frames 120 \
-		--radius 0.13 0.30 --shared-texture 0.1 --typical-texture 0.75 --furniture 3 --seed 11
+		--radius 0.12 0.30 --shared-texture 0.1 --typical-texture 1.0 --furniture 3 --seed 11
 	$(BIN)/python deploy.py run $(DEMO)/nano --source $(DEMO)/clip/JPEGImages/scene_0011000000 --frame-rate 25 \
 		--output $(DEMO)/overlay.mp4 --results $(DEMO)/results.json
 	$(BIN)/python deploy.py profile $(DEMO)/nano

@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import typer
+
+matplotlib.use("agg")  # no display is needed
+import matplotlib.pyplot as plt
 
 
 def main(
