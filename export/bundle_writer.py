@@ -73,6 +73,11 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             f"{request.checkpoint} is a dense checkpoint: it has no selectors. Export it with --dense, or take the "
             "checkpoint of the sparse stage."
         )
+    if request.selection is Selection.THRESHOLD and not model.has_decisions:
+        raise CheckpointError(
+            f"{request.checkpoint} ranks tokens without a keep and a drop logit ({model.selection_summary}): "
+            "there is no threshold. Export it with --selection budget."
+        )
     model = model.at_image_size(request.image_size or model.config.image_size)
     presets, default = _presets(model, request)
     target = Path(os.path.realpath(request.output))  # of a link, what it points to

@@ -153,6 +153,11 @@ class PrunedHost(nn.Module):
         return BudgetRule(self.patch_count, self.config.stages)
 
     @property
+    def has_decisions(self) -> bool:
+        """Whether a stage can decide by itself; a score that only ranks has no threshold."""
+        return True
+
+    @property
     def selection_summary(self) -> str:
         """In words: what decides which patches are computed, and what stands for those that are not."""
         return "vpp, dropped tokens stale"

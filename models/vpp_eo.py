@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import selection
-from models.configs import VppEoConfig
+from models.configs import IMAGE_ONLY, VppEoConfig
 from models.pruned_host import KeepPredictor, MapSelector, Outputs, PrunedHost, Selection, count_of, state_ok
 from models.selectors import NOTHING, Ranking, Refresh, first_draw, make_selector, mask_focus, next_draw
 from models.token_subset import TokenSubset
@@ -166,6 +166,11 @@ class VppEo(PrunedHost):
         stages = self.config.stages
         reset_stages = 1 if self.config.pruned == "stale" else stages
         return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages)
+
+    @property
+    def has_decisions(self) -> bool:
+        """True for selectors with a keep and a drop logit."""
+        return self.config.selector in ("vpp", *IMAGE_ONLY)
 
     @property
     def selection_summary(self) -> str:

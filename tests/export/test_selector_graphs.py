@@ -13,10 +13,11 @@ from export.bundle_writer import ExportRequest, export_bundle
 from export.reference import synthetic_frames
 from models.checkpoints import save_checkpoint
 from models.configs import CONFIGS
+from models.pruned_host import Selection
 from models.vpp_eo import VppEo
 from runtime.backend import load_engine
 from runtime.bundle import load_bundle
-from runtime.errors import TokenBudgetError
+from runtime.errors import CheckpointError, TokenBudgetError
 from runtime.reference import verify_engine
 from runtime.stream import Stream
 
@@ -67,6 +68,14 @@ def test_graph_has_no_node_that_engines_refuse(bundle):
     graph = onnx.load(bundle.path(bundle.manifest.graph)).graph
     operators = {node.op_type for node in graph.node}
     assert not operators & {"NonZero", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", "If", "Loop"}
+
+
+@pytest.mark.parametrize("name", ["masks", "random", "difference"])
+def test_ranking_without_a_decision_has_no_threshold_mode(name, tmp_path):
+    save_checkpoint(VppEo(replace(CONFIGS["vpp-eo-micro"], selector=name)), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="there is no threshold"):
+        export_bundle(ExportRequest(tmp_path / "model.safetensors", tmp_path / "b", selection=Selection.THRESHOLD))
+    assert not (tmp_path / "b").exists()
 
 
 def test_budget_that_the_selector_cannot_take_is_refused(bundle):
