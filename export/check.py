@@ -60,6 +60,8 @@ class Oracle:
         self, stage: int, subset: TokenSubset, scores: Tensor, token_budget: Tensor | None, mode: Selection
     ) -> Tensor:
         dense = scores.new_full(subset.kept_stages.shape, float("nan"))
+        while len(self.scores) < stage:  # a stage that dropped nothing had nothing to choose
+            self.scores.append(dense.numpy().astype(np.float32))
         self.scores.append(
             (scores if subset.indices is None else dense.scatter(1, subset.indices, scores)).numpy().astype(np.float32)
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from export.bundle_writer import ExportRequest, export_bundle
+from export.check import Oracle
 from export.reference import synthetic_frames
 from models.checkpoints import save_checkpoint
 from models.configs import CONFIGS
@@ -68,6 +69,17 @@ def test_graph_has_no_node_that_engines_refuse(bundle):
     graph = onnx.load(bundle.path(bundle.manifest.graph)).graph
     operators = {node.op_type for node in graph.node}
     assert not operators & {"NonZero", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", "If", "Loop"}
+
+
+def test_scores_are_noted_under_their_stage():
+    """A selector that starts at stage 1 has chosen nothing at stage 0."""
+    model = VppEo(replace(CONFIGS["vpp-eo-micro"], selector="svit"))
+    oracle, image = Oracle(model), torch.from_numpy(next(synthetic_frames((96, 160))))[None]
+    oracle.run(image, model.initial_state(1), model.budget_rule.for_ratio(0.4), Selection.BUDGET)
+    assert [int((~np.isnan(scores)).sum()) for scores in oracle.scores] == [
+        0,
+        *(60, *model.budget_rule.for_ratio(0.4)[1:3]),
+    ]
 
 
 @pytest.mark.parametrize("name", ["masks", "random", "difference"])
