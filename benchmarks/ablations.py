@@ -1,6 +1,6 @@
 """What a score over whole videos hides: after a cut, entering objects, a slow camera, a long run, the way of selecting.
 
-    python -m benchmarks.ablations DATA CHECKPOINT --dense dense.safetensors --work build/accuracy
+    python -m benchmarks.ablations DATA CHECKPOINT --name vpp-stale --dense dense.safetensors --work build/accuracy
 
 DATA and the work folder are those of ``benchmarks.accuracy``, whose runs are used where there are any.
 """
@@ -83,7 +83,7 @@ def delays(truth: dict[str, Any], rows: Rows) -> dict[str, Any]:
 
 
 def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> dict[str, Any]:
-    """AP in the successive parts of long clips, never reset but at a cut."""
+    """AP in the successive parts of long clips without a cut."""
     folder = work / f"long-{LONG}"
     if not folder.is_dir():
         scenes = replace(SCENES, frames=LONG, cut_probability=0.0)
@@ -91,7 +91,7 @@ def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> d
     data = YouTubeVisSet(folder, bundles["pruned"].manifest.classes)
     rows = results_of(bundles, data, work, threads)
     starts = range(0, LONG, LONG // 5)
-    return {
+    return {"clips": len(data.clips)} | {
         f"{start}-{start + LONG // 5 - 1}": scores_in_windows(
             data.truth, rows, [Window(clip.id, start, start + LONG // 5) for clip in data.clips]
         )

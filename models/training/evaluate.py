@@ -190,8 +190,13 @@ def evaluate(
 
     for clip in data.clips:
         results += _run_clip(bundle, engine, clip, keep_ratio, data.category_ids, watch)
-    name = DENSE if keep_ratio is None else f"keep {keep_ratio:.2f}"
-    macs = manifest.giga_macs.get(DENSE if keep_ratio is None else f"{keep_ratio:.2f}")
+    if keep_ratio is None:
+        name, preset = DENSE, DENSE
+    else:
+        budget = manifest.budget_rule.for_ratio(keep_ratio)
+        preset = next((preset for preset, counts in manifest.presets.items() if counts == budget), "")
+        name = f"keep {keep_ratio:.2f}" if round(keep_ratio, 2) == keep_ratio else f"keep {keep_ratio}"
+    macs = manifest.giga_macs.get(preset)
     median = float(np.median(step_ms)) if step_ms else float("nan")
     return Row(name, results, float(np.mean(shares)) if shares else float("nan"), macs, median, data.score(results))
 

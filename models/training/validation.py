@@ -18,7 +18,6 @@ from models.training.scenes import SceneConfig, write_youtube_vis
 from runtime.errors import SinkError
 
 CHOSEN_ON = (0, 1, 2)
-STATED_ON = (3,)
 CLIPS_PER_SEED = {0: 24, 1: 24, 2: 24, 3: 64}
 SCENES = SceneConfig(
     height=288,

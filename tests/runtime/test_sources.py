@@ -32,7 +32,7 @@ from runtime.errors import (
     SourceNotFoundError,
 )
 from runtime.video.source_types import Timeline
-from runtime.video.sources import LiveOptions, open_source
+from runtime.video.sources import ImageFolderSource, LiveOptions, open_source
 
 IMPATIENT = LiveOptions(first_delay_s=0.06, longest_delay_s=0.1, open_timeout_s=2.0, read_timeout_s=0.4, max_retries=3)
 
@@ -414,3 +414,12 @@ def test_time_goes_on_after_a_gap():
     timeline.resume_after(2.0)
     after_s = [timeline.stamp(time_s) for time_s in (0.0, 0.5)]
     assert before_s + after_s == pytest.approx([7.0, 7.1, 9.1, 9.6])
+
+
+def test_named_images_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+    for level in (10, 20, 30):
+        Image.new("RGB", (8, 6), (level,) * 3).save(tmp_path / f"{level}.png")
+    source = ImageFolderSource(tmp_path, names=["30.png", "10.png"])
+    assert [int(frame.rgb[0, 0, 0]) for frame in source] == [30, 10]
+    with pytest.raises(SourceNotFoundError, match=r"40\.png is missing, and 0 more of 2 images"):
+        ImageFolderSource(tmp_path, names=["30.png", "40.png"])

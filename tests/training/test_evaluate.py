@@ -99,6 +99,13 @@ def test_data_without_annotations_gives_results_alone(run, bundle, data, tmp_pat
 
 
 @pytest.mark.slow
+def test_ratio_that_is_no_preset_has_its_own_name_and_no_work_of_another(bundle, data):
+    loaded = load_bundle(bundle)
+    row = evaluate(loaded, open_data(data, loaded.manifest.classes, 1), 0.3512)
+    assert (row.name, row.giga_macs) == ("keep 0.3512", None)
+
+
+@pytest.mark.slow
 def test_davis_folder_gives_j(bundle, data, tmp_path):
     for name in ("scene_0000000000", "scene_0000000001"):
         (tmp_path / "JPEGImages").mkdir(exist_ok=True)
