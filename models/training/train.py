@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.configs import LARGEST_REFRESH, PRUNED, SELECTOR_STATE, config_by_name
@@ -38,7 +39,7 @@ from models.vpp_eo import State, VppEo
 from runtime.budget import stage_ratios
 from runtime.errors import CheckpointError, DeployError, SourceFormatError
 
-PRESET_RATIO = 0.55  # the keep ratio that half of the clips train at
+PRESET_RATIOS = (0.55, 0.40)  # keep ratios that half of the clips train at, either by chance
 BACKGROUND_WEIGHT = 0.1  # of a background pixel in the auxiliary loss; most pixels are background
 CENTRE_WEIGHT = 5.0  # of the distance to the object's centre in the auxiliary loss
 SELECTORS = ("map_selector.", "selectors.", "selector.")  # beginnings of the names of what selects
@@ -76,6 +77,7 @@ class Recipe:
         task_gradient: The task teaches the selectors too, straight through their decisions, as published, and the ratio
             loss calibrates them; without it they learn where objects are and nothing else.
         selector_steps: Steps at the start of the sparse stage in which the selectors alone learn, on all tokens.
+        average: Decay per step of the moving average of the weights, which is what the checkpoint holds; 0: none.
     """
 
     stage: Stage
@@ -104,6 +106,7 @@ class Recipe:
     distil_weight: float = 1.0
     task_gradient: bool = False
     selector_steps: int = 0
+    average: float = 0.0
 
 
 class PixelHead(nn.Module):
@@ -173,7 +176,13 @@ class Trainer:
             None if recipe.teacher is None else load_checkpoint(Path(recipe.teacher)).at_image_size(recipe.size)
         )
         self.optimiser = torch.optim.AdamW(self._parameter_groups(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
         self.step = 0
+
+    @property
+    def result(self) -> VppEo:
+        """The network with the weights that the checkpoint holds."""
+        return self.averaged.module
 
     def _parameter_groups(self) -> list[dict]:
         named = [*self.model.named_parameters(), *self.pixel_head.named_parameters()]
@@ -196,6 +205,7 @@ class Trainer:
         """Write everything needed to go on, whole or not at all."""
         content = {
             "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "pixel_head": self.pixel_head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
@@ -203,7 +213,7 @@ class Trainer:
         partial = self.folder / ".resume.pt.partial"
         torch.save(content, partial)
         os.replace(partial, self.folder / "resume.pt")
-        save_checkpoint(self.model, self.folder / "model.safetensors", notes={"steps": str(self.step)})
+        save_checkpoint(self.result, self.folder / "model.safetensors", notes={"steps": str(self.step)})
 
     def restore(self) -> bool:
         """Go on from ``resume.pt`` if there is one."""
@@ -212,6 +222,7 @@ class Trainer:
             return False
         content = torch.load(path, weights_only=True)
         self.model.load_state_dict(content["model"])
+        self.averaged.load_state_dict(content["averaged"])
         self.pixel_head.load_state_dict(content["pixel_head"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.step = content["step"]
@@ -233,6 +244,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(moved, self.recipe.clip_norm)
         if torch.isfinite(norm):  # a broken step is skipped, not learned from
             self.optimiser.step()
+        self.averaged.update_parameters(self.model)
         self.step += 1
         return {**terms, "norm": float(norm)}
 
@@ -300,7 +312,7 @@ class Trainer:
             patches = torch.stack([clip.object_patches[t] for clip in clips])
             terms["focus"] = self.recipe.focus_weight * focus_loss(trace.focus_scores, patches)
         if trace.stage_decisions and self.recipe.task_gradient:
-            targets = list(stage_ratios(PRESET_RATIO, self.model.config.first_stage)[1:])
+            targets = list(stage_ratios(PRESET_RATIOS[0], self.model.config.first_stage)[1:])
             terms["ratio"] = ratio_loss(trace.map_probability, trace.stage_decisions, targets)
         return terms
 
@@ -318,7 +330,9 @@ class Trainer:
 
     def _sample_ratios(self, count: int) -> list[float]:
         rng = np.random.default_rng((self.recipe.seed, self.step))
-        return [PRESET_RATIO if rng.random() < 0.5 else float(rng.uniform(*RATIO_RANGE)) for _ in range(count)]
+        return [
+            float(rng.choice(PRESET_RATIOS) if rng.random() < 0.5 else rng.uniform(*RATIO_RANGE)) for _ in range(count)
+        ]
 
     def _budgets(self, ratios: list[float], *, first: bool) -> Tensor:
         rule = self.model.budget_rule
@@ -369,7 +383,7 @@ def train(recipe: Recipe, folder: Path, save_every_s: float = 120.0) -> VppEo:
                 trainer.save()
                 saved = time.monotonic()
     trainer.save()
-    return trainer.model
+    return trainer.result
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -442,13 +456,16 @@ def main(
     selector_steps: Annotated[
         int, typer.Option(min=0, help="First steps of the sparse stage, in which the selectors alone learn.")
     ] = 0,
+    average: Annotated[
+        float, typer.Option(min=0.0, max=0.9999, help="Decay per step of the weights' moving average; 0: none.")
+    ] = 0.0,
 ) -> None:
     """Train on clips of a YouTube-VIS folder; resumable, and the same for the same seed."""
     recipe = Recipe(
         stage, str(data), model, steps, batch, size, frames, truncate, max_gap, zoom, learning_rate, warmup,
         weight_decay, clip_norm, pixel_weight, focus_weight, seed, bf16, None if init is None else str(init),
         selector.value, pruned.value, refresh, None if teacher is None else str(teacher), distil_weight, task_gradient,
-        selector_steps,
+        selector_steps, average,
     )  # fmt: skip
     try:
         train(recipe, output)

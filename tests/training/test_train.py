@@ -88,7 +88,7 @@ def test_loss_of_repeated_clips_goes_down(recipe, tmp_path, stage):
 @pytest.mark.parametrize("stage", list(Stage))
 def test_interrupted_run_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch, dense, stage):
     """Stopped in the middle of an epoch, after a step that was saved and one that was lost."""
-    recipe = replace(recipe, stage=stage, init=dense)
+    recipe = replace(recipe, stage=stage, init=dense, average=0.5)
     whole = train(recipe, tmp_path / "whole")
 
     update, save = Trainer.update, Trainer.save
@@ -109,6 +109,19 @@ def test_interrupted_run_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch,
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def test_checkpoint_holds_the_moving_average_of_the_weights(recipe, tmp_path):
+    trainer, batch = Trainer(replace(recipe, average=0.75), micro().train(), tmp_path), clips(recipe, 2)
+    name, expected = "mask_head.classify.weight", None
+    for _ in range(3):
+        trainer.update(batch)
+        weight = trainer.model.state_dict()[name].clone()
+        expected = weight if expected is None else 0.75 * expected + 0.25 * weight
+    trainer.save()
+    written = load_checkpoint(tmp_path / "model.safetensors").state_dict()[name]
+    torch.testing.assert_close(written, expected)
+    assert not torch.equal(written, weight)
 
 
 def test_run_that_is_done_stays_as_it_is(recipe, tmp_path):
