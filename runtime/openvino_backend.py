@@ -12,6 +12,7 @@ from runtime.backend import EngineReport
 from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.manifest import GraphSpec
+from runtime.openvino_rewrites import keep_fp32, replace_arg_max
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -25,8 +26,8 @@ class OpenVinoEngine:
 
     Args:
         threads: Threads of one step; 0 takes OpenVINO's default, the number of physical cores.
-        precision: ``fp32``, or ``bf16`` on a CPU that computes in it. In bf16 every operator does, Map-SM's products
-            and the scores too, so that near-ties fall otherwise: compare the accuracy before you rely on it.
+        precision: ``fp32``, or ``bf16`` on a CPU that computes in it. Map-SM's product, all scores and the places where
+            maps are sampled stay fp32, see :mod:`runtime.openvino_rewrites`; what they are made of does not.
 
     Raises:
         BackendUnavailableError: OpenVINO or the precision is not there.
@@ -59,6 +60,9 @@ class OpenVinoEngine:
         if batch not in self._compiled:
             try:
                 model = self._core.read_model(str(path))
+                maxima = replace_arg_max(model)
+                if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
+                    keep_fp32(self._core, model, maxima)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})
                 self._compiled[batch] = self._core.compile_model(model, _DEVICE, self._config)
             except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong

@@ -1,0 +1,169 @@
+"""What OpenVINO's own passes leave to us: an arg max without a sort, and what has to stay fp32 where the rest is bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+Node = Any  # openvino.Node has no stubs
+
+_VALUES = ("Parameter", "Constant")
+_SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
+# One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
+_PRECISE_RELU = """
+<net name="precise" version="11">
+  <layers>
+    <layer id="0" name="x" type="Parameter" version="opset1">
+      <data shape="1" element_type="f32"/>
+      <output><port id="0" precision="FP32"><dim>1</dim></port></output>
+    </layer>
+    <layer id="1" name="y" type="ReLU" version="opset1">
+      <rt_info><attribute name="precise" version="0"/></rt_info>
+      <input><port id="0" precision="FP32"><dim>1</dim></port></input>
+      <output><port id="1" precision="FP32"><dim>1</dim></port></output>
+    </layer>
+    <layer id="2" name="z" type="Result" version="opset1">
+      <input><port id="0" precision="FP32"><dim>1</dim></port></input>
+    </layer>
+  </layers>
+  <edges>
+    <edge from-layer="0" from-port="0" to-layer="1" to-port="0"/>
+    <edge from-layer="1" from-port="1" to-layer="2" to-port="0"/>
+  </edges>
+</net>
+"""
+
+
+def replace_arg_max(model: ov.Model) -> list[Node]:
+    """Find the first place of the largest value by comparing with it.
+
+    OpenVINO imports ArgMax as a TopK of 1, which sorts: 31 of 125 ms of ``vpp-eo-tiny`` in bf16 at 960 x 544, where
+    Map-SM has 2040 x 2040 similarities. A row with NaN gives its last place.
+
+    Returns:
+        The maxima over the last axis that stand in their place; empty where the graph has no arg max.
+    """
+    from openvino import opset13 as ops
+
+    maxima = []
+    for node in model.get_ops():
+        if not _is_arg_max(node):
+            continue
+        values = node.input_value(0)
+        count = values.get_partial_shape()[-1].get_length()
+        last = ops.constant(np.array([-1], np.int64))
+        largest = ops.reduce_max(values, last, keep_dims=True)
+        places = ops.constant(np.arange(count, dtype=np.float32))  # exact below 2^24, and faster than integers
+        beyond = ops.constant(np.float32(count - 1))
+        found = ops.select(ops.equal(values, largest), places, beyond)
+        first = ops.reduce_min(found, last, keep_dims=True)
+        node.output(1).replace(ops.convert(first, node.get_output_element_type(1).to_string()).output(0))
+        maxima.append(largest)
+    return maxima
+
+
+def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
+    """Mark what is not to be computed in bf16, for a model that otherwise is.
+
+    Map-SM's product, the scores and what ranks them; and where a map is sampled: a place is a number in [-1, 1] that
+    bf16 rounds to an eighth of a cell of a map of 60.
+
+    Args:
+        maxima: What :func:`replace_arg_max` gave.
+
+    Returns:
+        How many operators were marked.
+    """
+    marked: dict[str, Node] = {}
+    for largest in maxima:
+        similarities = largest.input_value(0).get_node()
+        products = _spread(marked, [similarities], _producers, _SOURCES)
+        for product in (_with_transpose_inside(node) for node in products if node.get_type_name() == "MatMul"):
+            _mark(marked, [product, *_producers(product)])
+        ranking: dict[str, Node] = {}  # from the similarities to the first stage's TopK
+        _spread(ranking, _consumers(similarities), _consumers, ("TopK",))
+        _mark(marked, ranking.values())
+        for node in ranking.values():
+            _spread(marked, _producers(node), _producers, _SOURCES)
+    for node in model.get_ops():
+        if node.get_type_name() == "TopK":
+            _spread(marked, [node], _producers, _SOURCES)
+        if node.get_type_name() == "GridSample":
+            _spread(marked, [node.input_value(1).get_node()], _producers, _SOURCES)
+            _spread(marked, [node], _consumers, _SOURCES)
+    precise = _precise(core)
+    for node in marked.values():
+        for name, value in precise.items():
+            node.set_rt_info(value, name)
+    return len(marked)
+
+
+def _spread(
+    found: dict[str, Node], start: Iterable[Node], onward: Callable[[Node], list[Node]], stop: tuple[str, ...]
+) -> list[Node]:
+    """Add to ``found`` what can be reached from ``start`` without passing an operator of the types ``stop``.
+
+    Returns:
+        The operators where that ended.
+    """
+    waiting, ends = list(start), []
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() in (*stop, "Result"):
+            ends.append(node)
+        elif node.get_friendly_name() not in found:
+            found[node.get_friendly_name()] = node
+            waiting += onward(node)
+    return ends
+
+
+def _mark(marked: dict[str, Node], nodes: Iterable[Node]) -> None:
+    marked |= {node.get_friendly_name(): node for node in nodes if node.get_type_name() not in _VALUES}
+
+
+def _with_transpose_inside(product: Node) -> Node:
+    """The MatMul with the transposition of its second factor as an attribute, which OpenVINO's passes would make."""
+    from openvino import opset13 as ops
+
+    second = product.input_value(1).get_node()
+    if second.get_type_name() != "Transpose" or any(product.get_attributes().values()):
+        return product
+    joined = ops.matmul(product.input_value(0), second.input_value(0), False, True)
+    product.output(0).replace(joined.output(0))
+    return joined
+
+
+def _producers(node: Node) -> list[Node]:
+    return [value.get_node() for value in node.input_values()]
+
+
+def _consumers(node: Node) -> list[Node]:
+    return [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
+
+
+def _is_arg_max(node: Node) -> bool:
+    """A TopK of one along the last axis whose value nobody reads."""
+    if node.get_type_name() != "TopK" or node.output(0).get_target_inputs():
+        return False
+    count, shape = node.input_value(1).get_node(), node.get_input_partial_shape(0)
+    attributes = node.get_attributes()
+    return (
+        count.get_type_name() == "Constant"
+        and int(count.get_data().item()) == 1
+        and attributes["mode"] == "max"
+        and attributes["axis"] in (-1, len(shape) - 1)
+        and shape[-1].is_static
+    )
+
+
+@lru_cache(maxsize=1)
+def _precise(core: ov.Core) -> Any:
+    """The attribute that keeps an operator out of bf16, by its name."""
+    model = core.read_model(_PRECISE_RELU.encode(), b"")
+    return next(op for op in model.get_ops() if op.get_type_name() == "Relu").get_rt_info()
