@@ -1,4 +1,4 @@
-"""The published network (Tiny, 960 x 544, random weights): plain PyTorch against the graph in ONNX Runtime.
+"""The published network (Tiny, 960 x 544, random weights): plain PyTorch against the graph in each CPU backend.
 
     python -m benchmarks.published
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from tests.models.published_files import random_published, save_published
 
 IMAGE_SIZE = (544, 960)
 KEEP_RATIO = 0.7  # Map-SM's, as published
+Key = TypeVar("Key")
 PLAIN_PARTS = ("plain torch: backbone", "plain torch: head")
 
 
@@ -84,22 +85,33 @@ def graph_row(buffers: StreamBuffers, budget: tuple[int, ...] | None, patches: i
 
 
 def graph_rows(bundle: Bundle, threads: int) -> dict[str, Callable[[], object]]:
-    """The dense graph and the pruned one at its presets, in ONNX Runtime."""
-    manifest = bundle.manifest
-    engine = load_engine(bundle, threads=threads)
-    rows = {
-        f"onnxruntime: keep {name}": graph_row(engine.open_stream(), budget, manifest.patch_count)
-        for name, budget in sorted(manifest.presets.items())
-    }
-    if manifest.baseline is not None:
-        dense = load_engine(bundle, manifest.baseline, threads=threads)
-        rows["onnxruntime: dense"] = graph_row(dense.open_stream(), None, manifest.patch_count)
+    """The dense graph and the pruned one at the two published budgets, in each backend and precision of this CPU."""
+    manifest, rows = bundle.manifest, {}
+    for backend, precision in backends():
+        label = backend if precision is None else f"{backend} {precision}"
+        options: dict[str, Any] = {"backend": backend, "threads": threads, "precision": precision}
+        engine = load_engine(bundle, **options)
+        for name in ("0.40", "0.55"):
+            rows[f"{label}: keep {name}"] = graph_row(
+                engine.open_stream(), manifest.presets[name], manifest.patch_count
+            )
+        if manifest.baseline is not None:
+            dense = load_engine(bundle, manifest.baseline, **options)
+            rows[f"{label}: dense"] = graph_row(dense.open_stream(), None, manifest.patch_count)
     return rows
 
 
-def measure(rows: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def backends() -> list[tuple[str, str | None]]:
+    """Backend and precision of each group of rows."""
+    import openvino
+
+    bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [("onnxruntime", None), ("openvino", "fp32"), *([("openvino", "bf16")] if bf16 else [])]
+
+
+def measure(rows: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, list[float]]:
     """Milliseconds of every row, in turn; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
+    times: dict[Key, list[float]] = {name: [] for name in rows}
     for turn in range(rounds + 1):
         for name, row in rows.items():
             started = time.perf_counter()

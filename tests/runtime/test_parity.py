@@ -180,6 +180,14 @@ def test_difference_is_an_error_that_names_it(changes, message):
         compare(frame(**changes), frame())
 
 
+def test_what_near_ties_inside_the_network_explain_is_allowed_for_that_tensor_alone():
+    got = frame(masks=scores(1.001, -2)[None])
+    compare_frame(got, frame(), [scores(2, 1)[None]], (1,), 1e-4, explained={"masks": 4.5e-4})
+    for explained in ({"masks": 3.5e-4}, {"other": 1.0}):
+        with pytest.raises(ExportMismatchError, match="masks differs by"):
+            compare_frame(got, frame(), [scores(2, 1)[None]], (1,), 1e-4, explained=explained)
+
+
 def test_tensor_that_is_missing_is_an_error():
     got = frame()
     del got["masks"]
