@@ -117,7 +117,12 @@ class VppEoConfig(SelectionStages):
         return tuple(dict.fromkeys((*SELECTOR_STATE[self.selector], *extra, *age)))
 
 
-_ABSTRACT_CLASSES = tuple(f"class {index}" for index in range(8))
+def unnamed_classes(count: int) -> tuple[str, ...]:
+    """Names for classes of which a checkpoint tells no more than how many there are."""
+    return tuple(f"class {index}" for index in range(count))
+
+
+_ABSTRACT_CLASSES = unnamed_classes(8)
 
 CONFIGS: dict[str, VppEoConfig] = {
     config.name: config

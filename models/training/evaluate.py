@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from models.configs import unnamed_classes
 from models.training.average_precision import TrackEvaluation
 from models.training.davis import Davis, region_similarity
 from models.training.youtube_vis import ANNOTATION_NAMES, YouTubeVis
@@ -71,7 +72,7 @@ class YouTubeVisSet:
     def __init__(self, folder: Path, classes: Sequence[str], limit: int | None = None) -> None:
         data = YouTubeVis(folder)
         self.name = folder.name
-        if tuple(classes) != data.classes:
+        if tuple(classes) not in (data.classes, unnamed_classes(len(data.classes))):
             raise SourceFormatError(
                 f"the bundle knows {len(classes)} classes ({_few(classes)}), {data.annotations} has "
                 f"{len(data.classes)} ({_few(data.classes)}). They have to be the same, in the order of the ids."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.configs import IMAGENET_MEAN, IMAGENET_STD, SelectionStages
+from models.configs import IMAGENET_MEAN, IMAGENET_STD, SelectionStages, unnamed_classes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VppRovisConfig(SelectionStages):
     """
 
     name: str = "vpp-rovis"
-    classes: tuple[str, ...] = tuple(f"class {index}" for index in range(40))
+    classes: tuple[str, ...] = unnamed_classes(40)
     embed_dim: int = 192
     heads: int = 3
     depth: int = 12

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.configs import unnamed_classes
 from models.vpp_rovis.config import VppRovisConfig
 from models.vpp_rovis.network import VppRovis
 from models.weight_fit import check_fit
@@ -112,7 +113,7 @@ def _config(weights: dict[str, Tensor], classes: tuple[str, ...] | None) -> VppR
     embed_dim = weights["patch_embed.weight"].shape[0]
     count = weights["mask_decoder.cls_embed.bias"].shape[0] - 1
     if classes is None or len(classes) != count:
-        classes = tuple(f"class {index}" for index in range(count))
+        classes = unnamed_classes(count)
     has_selectors = "map_selector.predictor.mlp.fc1.weight" in weights
     selectors = {}
     if has_selectors:

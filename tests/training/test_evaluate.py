@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from published_files import random_published, save_published
 from typer.testing import CliRunner
 
 from export.bundle_writer import ExportRequest, export_bundle
@@ -21,6 +22,7 @@ from models.training.evaluate import evaluate, open_data, write_results
 from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
 from models.training.validation import CLIPS_PER_SEED, SCENES, write_validation
 from models.vpp_eo import VppEo
+from models.vpp_rovis.config import VppRovisConfig
 from runtime.bundle import load_bundle
 from runtime.errors import SourceFormatError
 
@@ -118,6 +120,27 @@ def test_davis_folder_gives_j(bundle, data, tmp_path):
     loaded = load_bundle(bundle)
     row = evaluate(loaded, open_data(tmp_path, loaded.manifest.classes), 0.55)
     assert row.scores.keys() == {"J"} and 0 <= row.scores["J"] <= 100
+
+
+@pytest.mark.slow
+def test_published_network_without_class_names_gives_the_servers_archive(run, data, tmp_path):
+    """A released checkpoint tells the number of its classes and may not tell their names: the data's are taken."""
+    config = VppRovisConfig(
+        classes=CLASSES, embed_dim=48, heads=3, stem_dim=8, map_hidden=20, selector_hidden=10, feature_dim=64,
+        queries=7, track_queries=4, encoder_layers=1, encoder_ffn=48, decoder_layers=3, decoder_ffn=56,
+    )  # fmt: skip
+    weights = random_published(config)
+    weights["detector.panoptic_head.cls_embed.bias"][3] += 4.0  # sees a star everywhere
+    checkpoint = save_published(tmp_path / "epoch_6.pth", weights)
+    export_bundle(ExportRequest(checkpoint, tmp_path / "bundle", model="vpp-rovis", image_size=SIZE, baseline=False))
+    archive = tmp_path / "submission.zip"
+    done = run(tmp_path / "bundle", data, "--keep-ratio", 0.55, "--no-dense", "--json", "--results", archive)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["name"] == "keep 0.55" and 0 <= row["AP"] <= 100
+    tracks = json.loads(zipfile.ZipFile(archive).read("results.json"))
+    assert tracks and {track["category_id"] for track in tracks} == {4}
+    assert all(len(track["segmentations"]) == 5 for track in tracks)
 
 
 def test_other_classes_are_refused_with_both_named(data):
