@@ -185,7 +185,7 @@ def _computing_types(network: Any) -> dict[str, int]:
 
 
 def _cure(library: TensorRt) -> str:
-    said = " ".join(library.log.errors).lower().replace(" ", "")
-    if "outofmemory" not in said:
+    said = " ".join(library.log.errors).lower()
+    if not any(words in said for words in ("outofmemory", "out of memory", "workspace")):
         return ""
     return "\nMemory ran out: give a larger --workspace, build for fewer budgets, or close what else uses the GPU."
