@@ -30,10 +30,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from runtime.errors import DeployError, TokenBudgetError
+from runtime.errors import DeployError, EngineMismatchError, TokenBudgetError
 
 if TYPE_CHECKING:
     from export.engine import BuiltEngine
+    from runtime.bundle import Bundle
     from runtime.profiler import Profile
     from runtime.video.sinks import Sink
 
@@ -315,7 +316,8 @@ def inspect(
     """Show what a bundle is: inputs, outputs, state, presets, origin, hashes."""
     from runtime.bundle import load_bundle
 
-    manifest = load_bundle(bundle).manifest
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
     if as_json:
         console.print_json(manifest.model_dump_json())
         return
@@ -347,6 +349,24 @@ def inspect(
     for name, digest in manifest.files.items():
         files.add_row(name, digest)
     console.print(files)
+    _print_built(loaded)
+
+
+def _print_built(bundle: Bundle) -> None:
+    """One line for each engine in the bundle."""
+    from runtime.engines import list_plans, read_record
+
+    table = _table("engine", "for", "budgets")
+    for plan in list_plans(bundle):
+        try:
+            record = read_record(plan)
+        except EngineMismatchError as error:
+            table.add_row(plan.name, "", str(error))
+            continue
+        names = "; ".join(dict.fromkeys(profile.name for profile in record.profiles))
+        table.add_row(plan.name, record.covered, names)
+    if table.row_count:
+        console.print(table)
 
 
 @app.command(epilog="Example: deploy.py profile nano --threads 2 --json")

@@ -7,7 +7,6 @@ from and what it covers. Neither is among the files that the manifest hashes, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -162,7 +161,7 @@ def choose_engine(bundle: Bundle, graph: GraphSpec, backend: str, version: str, 
         EngineMismatchError: There is none; the message says why each one that is there does not fit.
     """
     refused: list[str] = []
-    for plan in _plans(bundle, backend):
+    for plan in list_plans(bundle, backend):
         try:
             record = read_record(plan)
             reason = _why_not_here(bundle, graph, record, version, gpu)
@@ -183,10 +182,10 @@ def choose_engine(bundle: Bundle, graph: GraphSpec, backend: str, version: str, 
     )
 
 
-def _plans(bundle: Bundle, backend: str) -> Iterator[Path]:
-    """The plans for a backend, the newest first."""
+def list_plans(bundle: Bundle, backend: str = "tensorrt*") -> list[Path]:
+    """The plans in a bundle, the newest first."""
     plans = (bundle.folder / ENGINES_FOLDER).glob(f"*.{backend}-[0-9]*.plan")
-    return iter(sorted(plans, key=lambda plan: (plan.stat().st_mtime, plan.name), reverse=True))
+    return sorted(plans, key=lambda plan: (plan.stat().st_mtime, plan.name), reverse=True)
 
 
 def _why_not_here(bundle: Bundle, graph: GraphSpec, record: EngineRecord, version: str, gpu: Gpu) -> str | None:

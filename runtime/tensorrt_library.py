@@ -76,8 +76,10 @@ def import_tensorrt(backend: str) -> TensorRt:
     """Load the library behind a backend.
 
     Raises:
-        BackendUnavailableError: It is not installed, or does not load.
+        BackendUnavailableError: There is no such backend, or its library is not installed or does not load.
     """
+    if backend not in MODULES:
+        raise BackendUnavailableError(f"engines are built for {', '.join(MODULES)}, not for {backend!r}.")
     try:
         api = importlib.import_module(MODULES[backend])
     except (ImportError, OSError) as error:  # OSError: the bindings are there and the libraries are not

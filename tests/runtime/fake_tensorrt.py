@@ -1,7 +1,7 @@
 """TensorRT in the published names of one version, computing through ONNX Runtime on the memory of a fake CUDA.
 
-:func:`fake_tensorrt` makes a module whose classes have no name that the version lacks, as ``tests/data/tensorrt_api.json``
-has them, so code that goes through it calls only what is there. A plan is JSON.
+:func:`fake_tensorrt` makes a module whose classes have no name that the version lacks, by ``tensorrt_api.json`` in
+``tests/data``, so code that goes through it calls only what is there. A plan is JSON.
 """
 
 from __future__ import annotations
