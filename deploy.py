@@ -2,6 +2,7 @@
 """From a trained, pruned video vision transformer to a stream on the device.
 
     deploy.py export   checkpoint -> bundle          (needs torch)
+    deploy.py build    bundle -> engines for a GPU   (TensorRT, TensorRT-RTX)
     deploy.py run      bundle + video -> objects, overlay video
     deploy.py verify   does this machine give the answers of torch?
     deploy.py profile  how many milliseconds, against the dense network
@@ -29,9 +30,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from runtime.errors import DeployError, TokenBudgetError
+from runtime.errors import DeployError, EngineMismatchError, TokenBudgetError
 
 if TYPE_CHECKING:
+    from export.engine import BuiltEngine
+    from runtime.bundle import Bundle
     from runtime.profiler import Profile
     from runtime.video.sinks import Sink
 
@@ -125,6 +128,86 @@ def export(
             + (f", {result.near_ties} near-ties" if result.near_ties else "")
         )
     _say(f"bundle written: {output}")
+
+
+@app.command(epilog="Example: deploy.py build nano --backend tensorrt-rtx --compute-capability sm89 --budgets 0.4,0.55")
+def build(
+    bundle: BundleArgument,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="tensorrt (Jetson, data centre; builds for the GPU it runs on) or tensorrt-rtx (RTX cards; builds "
+            "without a GPU). Default: the first of these that is installed."
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU generation to build for, e.g. sm89; again for more. Default: tensorrt: the GPU here; "
+                     "tensorrt-rtx: all from sm80 on."),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Keep ratios that the engine runs, with commas. Default: the bundle's presets.")
+    ] = None,
+    token_budget: Annotated[
+        list[str] | None, typer.Option(help="Or token counts, as for [b]run[/b]; again for more.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Streams stepped together; again for more. Default: 1.")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="Most scratch memory of one layer, MiB. Default: the library's own limit.")
+    ] = None,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="Other GPUs that may run it, at a cost in speed: none, same-compute-capability or "
+                          "ampere-plus (tensorrt only).")
+    ] = "none",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later minor versions run it too (tensorrt only).")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing has changed.")] = False,
+) -> None:  # fmt: skip
+    """Build engines for GPUs into the bundle: one profile for each token budget, checked before it starts."""
+    from export.engine import build_engines
+    from export.engine_plan import Watch
+    from export.engine_request import EngineRequest, budgets_by_name
+    from runtime.bundle import load_bundle
+    from runtime.tensorrt_library import installed_backend
+
+    loaded = load_bundle(bundle)
+    counts = [_counts(text) or () for text in token_budget or ()]
+    request = EngineRequest(
+        budgets=budgets_by_name(loaded.manifest, _ratios(budgets), counts),
+        batches=batch or (1,),
+        compute_capabilities=compute_capability or (),
+        compatibility=hardware_compatibility,
+        version_compatible=version_compatible,
+        workspace_bytes=workspace * 2**20 if workspace else None,
+    )
+    with _progress() as progress, _stop_on_signal() as stop:
+        task = progress.add_task("build", total=None)
+        watch = Watch(
+            lambda text, done, total: progress.update(task, description=text, completed=done, total=total), stop
+        )
+        built = build_engines(loaded, backend or installed_backend(), request, force=force, watch=watch)
+    _print_engines(built)
+
+
+def _print_engines(built: list[BuiltEngine]) -> None:
+    for engine in built:
+        record = engine.record
+        table = _table("profile", "tokens kept", "batch")
+        for profile in record.profiles:
+            kept = "all, no selection" if profile.token_budget is None else " / ".join(map(str, profile.token_budget))
+            table.add_row(profile.name, kept, str(profile.batch))
+        console.print(table)
+        done = "is up to date" if engine.reused else f"written in {record.build_s:.1f} s"
+        _say(f"{engine.plan} {done}: {record.plan_bytes / 2**20:.1f} MiB, {record.precision}, for {record.covered}")
+        if engine.differences is None:
+            _say("not read back: no GPU here runs it. On the device: deploy.py build does that, then deploy.py verify")
+        for difference in engine.differences or ():
+            _say(f"other precision than asked: {difference}")
+    if any(engine.differences for engine in built):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: deploy.py run nano --source street.mp4 --output out.mp4 --results out.json")
@@ -233,7 +316,8 @@ def inspect(
     """Show what a bundle is: inputs, outputs, state, presets, origin, hashes."""
     from runtime.bundle import load_bundle
 
-    manifest = load_bundle(bundle).manifest
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
     if as_json:
         console.print_json(manifest.model_dump_json())
         return
@@ -265,6 +349,24 @@ def inspect(
     for name, digest in manifest.files.items():
         files.add_row(name, digest)
     console.print(files)
+    _print_built(loaded)
+
+
+def _print_built(bundle: Bundle) -> None:
+    """One line for each engine in the bundle."""
+    from runtime.engines import list_plans, read_record
+
+    table = _table("engine", "for", "budgets")
+    for plan in list_plans(bundle):
+        try:
+            record = read_record(plan)
+        except EngineMismatchError as error:
+            table.add_row(plan.name, "", str(error))
+            continue
+        names = "; ".join(dict.fromkeys(profile.name for profile in record.profiles))
+        table.add_row(plan.name, record.covered, names)
+    if table.row_count:
+        console.print(table)
 
 
 @app.command(epilog="Example: deploy.py profile nano --threads 2 --json")
@@ -331,6 +433,16 @@ def _counts(text: str | None) -> tuple[int, ...] | None:
     except ValueError as error:
         raise TokenBudgetError(
             f"token budget {text!r}: every count is an integer, separated by commas, e.g. 1428,1142,913,730."
+        ) from error
+
+
+def _ratios(text: str | None) -> tuple[float, ...]:
+    """Keep ratios written with commas."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise TokenBudgetError(
+            f"budgets {text!r}: keep ratios with commas, each in (0, 1], e.g. 0.4,0.55,1.0."
         ) from error
 
 

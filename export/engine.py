@@ -1,139 +1,163 @@
-"""Bundle -> engine plan: TensorRT parses the bundle's graph and tunes it for each token budget.
+"""Bundle -> engines in its folder ``engines``, each with a record of what it was built from.
 
 Neither torch nor onnx is needed here, and TensorRT-RTX builds without a GPU.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+import hashlib
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from export.engine_layers import differences, layer_types, read_layers
+from export.engine_plan import Watch, build_plan
+from export.engine_request import EngineRequest, engine_inputs
 from runtime.bundle import Bundle
-from runtime.errors import BackendError, BackendUnavailableError, TokenBudgetError
+from runtime.cuda import Gpu, find_gpu
+from runtime.engines import (
+    EngineInputs,
+    EngineRecord,
+    layers_path,
+    plan_is_whole,
+    plan_path,
+    read_record,
+    record_path,
+)
+from runtime.errors import BackendUnavailableError, EngineMismatchError
 from runtime.manifest import GraphSpec
+from runtime.tensorrt_backend import load_plan
+from runtime.tensorrt_library import TensorRt, import_tensorrt
+from runtime.video.output_file import OutputFile, writing
 
-logger = logging.getLogger(__name__)
 
-LARGEST_TOP_K = 3840  # beyond it TensorRT's TopK fails when it runs; the builder only warns
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine on disk.
+
+    Attributes:
+        plan: Its file.
+        record: What it was built from.
+        reused: It was there already, from the same inputs.
+        differences: Where the types of its layers are not those that the graph asks for; None if it was not read back,
+            because no GPU is here that runs it.
+    """
+
+    plan: Path
+    record: EngineRecord
+    reused: bool
+    differences: list[str] | None
 
 
-def build_rtx_plan(
-    bundle: Bundle, budgets: Mapping[str, Sequence[int]], compute_capabilities: Sequence[str] = ("sm89",)
-) -> bytes:
-    """Build the bundle's graph with TensorRT-RTX: batch 1, one optimisation profile per budget, in their order.
+def build_engines(
+    bundle: Bundle, backend: str, request: EngineRequest, *, force: bool = False, watch: Watch | None = None
+) -> list[BuiltEngine]:
+    """Build the bundle's graph, and its baseline if it has one; an engine with the same inputs stays as it is.
+
+    What was there before is replaced only when the new engine is whole.
 
     Args:
-        budgets: Tokens kept at each stage, by name. The plan runs these and no others, so a stream's budget goes with
-            its :func:`runtime.budget.reset_budget`.
-        compute_capabilities: GPU generations that the plan is for, by name, e.g. ``sm86`` or ``sm120``.
-
-    Returns:
-        The serialized engine.
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        force: Build even so.
 
     Raises:
         TokenBudgetError: There is no budget, or one that the model or TensorRT does not take.
-        BackendUnavailableError: TensorRT-RTX is not installed.
-        BackendError: The graph selects by threshold, or TensorRT-RTX refuses it; the message has its reasons.
+        BackendUnavailableError: The library is not there; or TensorRT's GPU is not.
+        BackendError: The library refuses the graph or what is asked of it, memory ran out, or the build was stopped.
     """
-    graph, path = bundle.manifest.graph, bundle.path(bundle.manifest.graph)
-    checked = _check_request(bundle, budgets)
-    trt = _import_tensorrt_rtx()
-    log = _error_log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    config = builder.create_builder_config()
-    _set_compute_capabilities(trt, config, compute_capabilities)
-    _parse(trt, network, log, path)
-    for budget in checked:
-        config.add_optimization_profile(_profile(builder, graph, budget))
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BackendError(f"TensorRT-RTX {trt.__version__} builds no engine from {path}: {_lines(log.errors)}")
-    return bytes(plan)
+    library = import_tensorrt(backend)
+    gpu = _gpu(library)
+    graphs = [graph for graph in (bundle.manifest.graph, bundle.manifest.baseline) if graph is not None]
+    checked = [(graph, engine_inputs(bundle, graph, request, library, gpu)) for graph in graphs]
+    return [_build(bundle, library, gpu, graph, inputs, force, watch or Watch()) for graph, inputs in checked]
 
 
-def _check_request(bundle: Bundle, budgets: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
-    """The budgets, if TensorRT can run this bundle with all of them."""
-    manifest = bundle.manifest
-    if manifest.graph.selection == "threshold":
-        raise BackendError(
-            f"{bundle.folder} selects by threshold; TensorRT-RTX has no NonZero, so it cannot count tokens from the "
-            "data. Export the checkpoint again with --selection budget."
-        )
-    if not budgets:
-        raise TokenBudgetError(
-            f"an engine is built for named budgets and none was given. {bundle.folder} has the presets "
-            f"{', '.join(manifest.presets)}."
-        )
-    checked = {name: manifest.budget_rule.checked(counts) for name, counts in budgets.items()}
-    for name, counts in checked.items():
-        if manifest.graph.has_budget and max(counts) > LARGEST_TOP_K:
-            raise TokenBudgetError(
-                f"budget {name} keeps {max(counts)} tokens at one stage, TensorRT's TopK takes 1..{LARGEST_TOP_K}. "
-                f"Use a smaller --keep-ratio, or export with a smaller --image-size: {manifest.image_size[0]} x "
-                f"{manifest.image_size[1]} has {manifest.patch_count} patches, all of which the first frame keeps."
-            )
-    return list(checked.values())
-
-
-def _import_tensorrt_rtx() -> Any:
+def _gpu(library: TensorRt) -> Gpu | None:
+    """The GPU here; TensorRT-RTX does without one."""
     try:
-        import tensorrt_rtx
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"TensorRT-RTX is not there ({error}). Install it: pip install '.[tensorrt-rtx]'"
-        ) from error
-    return tensorrt_rtx
+        return find_gpu()
+    except BackendUnavailableError:
+        if not library.is_rtx:
+            raise
+        return None
 
 
-def _error_log(trt: Any) -> Any:
-    """A TensorRT logger that keeps the errors in ``errors`` and passes the rest on."""
-
-    class ErrorLog(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            else:
-                logger.debug("%s", message)
-
-    return ErrorLog()
-
-
-def _parse(trt: Any, network: Any, log: Any, path: Path) -> None:
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(path)):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        reasons = [f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}" for error in errors]
-        raise BackendError(f"TensorRT-RTX {trt.__version__} does not take {path}: {_lines(reasons)}")
+def _build(
+    bundle: Bundle,
+    library: TensorRt,
+    gpu: Gpu | None,
+    graph: GraphSpec,
+    inputs: EngineInputs,
+    force: bool,
+    watch: Watch,
+) -> BuiltEngine:
+    plan = plan_path(bundle, inputs)
+    record = None if force else _record_of_same(plan, inputs)
+    reused = record is not None
+    if record is None:
+        record = _build_plan(bundle, library, graph, inputs, plan, watch)
+    found = None
+    if gpu is not None and record.why_not(library.version, gpu) is None:
+        record, found = _read_back(library, plan, record)
+    return BuiltEngine(plan, record, reused, found)
 
 
-def _set_compute_capabilities(trt: Any, config: Any, names: Sequence[str]) -> None:
-    known = trt.ComputeCapability.__members__
-    config.num_compute_capabilities = len(names)
-    for index, name in enumerate(names):
-        if name.upper() not in known:
-            allowed = ", ".join(key.lower() for key in known if key.startswith("SM"))
-            raise BackendError(f"TensorRT-RTX {trt.__version__} does not build for {name!r}, only for {allowed}.")
-        config.set_compute_capability(known[name.upper()], index)
+def _record_of_same(plan: Path, inputs: EngineInputs) -> EngineRecord | None:
+    """The record of a whole engine that was built from these inputs."""
+    try:
+        record = read_record(plan)
+    except EngineMismatchError:
+        return None
+    return record if record.inputs() == inputs and plan_is_whole(plan, record) else None
 
 
-def _profile(builder: Any, graph: GraphSpec, budget: tuple[int, ...]) -> Any:
-    """One profile: every shape fixed, and the values of ``token_budget``, from which the token counts follow."""
-    profile = builder.create_optimization_profile()
-    for spec in graph.inputs:
-        if spec.name == "token_budget":
-            counts = budget[: spec.shape_for(1)[0]]
-            profile.set_shape_input(spec.name, counts, counts, counts)
-        else:
-            profile.set_shape(spec.name, *[spec.shape_for(1)] * 3)
-    return profile
+def _build_plan(
+    bundle: Bundle, library: TensorRt, graph: GraphSpec, inputs: EngineInputs, plan: Path, watch: Watch
+) -> EngineRecord:
+    with writing(plan):
+        plan.parent.mkdir(exist_ok=True)
+    cache = None if library.is_rtx else plan.with_name(f"timing{plan.name.removeprefix(Path(graph.file).stem)}.cache")
+    started = time.monotonic()
+    timings = cache.read_bytes() if cache is not None and cache.is_file() else None
+    built = build_plan(library, bundle.path(graph), graph, inputs, timings, watch)
+    record = EngineRecord(
+        **inputs.model_dump(),
+        plan_sha256=hashlib.sha256(built.data).hexdigest(),
+        plan_bytes=len(built.data),
+        build_s=round(time.monotonic() - started, 2),
+        asked=built.asked,
+    )
+    layers_path(plan).unlink(missing_ok=True)
+    for path, data in ((plan, built.data), (record_path(plan), _as_json(record)), (cache, built.timings)):
+        if path is not None:
+            _write(path, data)
+    return record
 
 
-def _lines(reasons: Sequence[str]) -> str:
-    return "".join(f"\n  {reason}" for reason in reasons) or "it gives no reason."
+def _read_back(library: TensorRt, plan: Path, record: EngineRecord) -> tuple[EngineRecord, list[str]]:
+    """Load the engine, keep what the library tells of its layers, and compare their types with what was asked."""
+    if record.found is None or not layers_path(plan).is_file():
+        told = read_layers(library, load_plan(library, plan, record))
+        _write(layers_path(plan), told.encode())
+        record = record.model_copy(update={"found": layer_types(told)})
+        _write(record_path(plan), _as_json(record))
+    return record, differences(record.asked, record.found or {})
+
+
+def _as_json(record: EngineRecord) -> bytes:
+    return f"{record.model_dump_json(indent=2)}\n".encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is whole or not there.
+
+    Raises:
+        SinkError: The disk is full, or the folder may not be written to.
+    """
+    file = OutputFile(path)
+    try:
+        with writing(path):
+            file.partial.write_bytes(data)
+        file.commit()
+    finally:
+        file.discard()

@@ -106,10 +106,25 @@ def _openvino(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | N
     return OpenVinoEngine(bundle, graph, threads=threads, precision=precision or "fp32")
 
 
+def _tensorrt(backend: str) -> EngineFactory:
+    def load(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
+        from runtime.tensorrt_backend import TensorRtEngine
+
+        if precision not in (None, bundle.manifest.precision):
+            raise BackendUnavailableError(
+                f"{backend} computes in the precision of the graph, {bundle.manifest.precision}, not in {precision}."
+            )
+        return TensorRtEngine(bundle, graph, backend=backend)
+
+    return load
+
+
 BACKENDS: dict[str, EngineFactory] = {
     "onnxruntime": _onnxruntime("CPUExecutionProvider"),
     "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
     "openvino": _openvino,
+    "tensorrt": _tensorrt("tensorrt"),
+    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
 DEFAULT_BACKEND = "onnxruntime"
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from runtime.cuda import find_gpu
+from runtime.errors import BackendUnavailableError
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -37,6 +40,7 @@ def examine() -> Iterator[Finding]:
     yield from (_package(name, "") for name in ("numpy", "av", "pydantic", "pillow", "pycocotools"))
     yield from _onnxruntime()
     yield _openvino()
+    yield _gpu()
     yield from (_tensorrt(name) for name in ("tensorrt", "tensorrt_rtx"))
     yield _opencv()
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
@@ -105,6 +109,16 @@ def _openvino() -> Finding:
         return Finding("problem", "backend openvino", f"installed, but fails: {str(error).splitlines()[0]}")
     number = openvino.__version__.split("-")[0]
     return Finding("ok", "backend openvino", f"{number}, fp32{' and bf16' if bf16 else ''} on the CPU")
+
+
+def _gpu() -> Finding:
+    """The GPU that TensorRT would use, as CUDA's bindings see it."""
+    if _version("cuda-bindings") is None:
+        return Finding("missing", "cuda", "engines need it to run: pip install '.[tensorrt]' or '.[tensorrt-rtx]'")
+    try:
+        return Finding("ok", "cuda", f"bindings {_version('cuda-bindings')}, {find_gpu()}")
+    except BackendUnavailableError as error:
+        return Finding("missing", "cuda", str(error))
 
 
 def _tensorrt(module: str) -> Finding:

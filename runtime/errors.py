@@ -9,6 +9,8 @@
     │   └── BundleSchemaError       the manifest is not one this version reads
     ├── BackendError                a backend that failed
     │   ├── BackendUnavailableError the backend, provider or device is not there
+    │   ├── EngineMismatchError     no built engine covers this GPU, library version or graph
+    │   ├── DeviceError             a CUDA call failed
     │   └── StepError               one step failed; the prior is dropped, the stream may go on
     ├── SourceError                 a video source that cannot be opened or read
     │   ├── SourceNotFoundError     nothing there
@@ -60,6 +62,14 @@ class BackendError(DeployError):
 
 class BackendUnavailableError(BackendError):
     """A backend, provider or device that is not there; the message says how to get it."""
+
+
+class EngineMismatchError(BackendError):
+    """No engine that was built covers this GPU, library version or graph; the message says what to build."""
+
+
+class DeviceError(BackendError):
+    """A CUDA call failed: no memory left, a lost device, an illegal address."""
 
 
 class StepError(BackendError):
