@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from runtime.errors import DeployError, TokenBudgetError
 
 if TYPE_CHECKING:
     from runtime.profiler import Profile
+    from runtime.reference import Verification
     from runtime.video.sinks import Sink
 
 app = typer.Typer(
@@ -160,12 +162,14 @@ def run(
     from runtime.bundle import load_bundle
     from runtime.pipeline import run_stream
     from runtime.stream import Stream
+    from runtime.verified import warn_unless_verified
     from runtime.video.sinks import JsonLinesSink, VideoSink, YouTubeVisSink, open_live_view
     from runtime.video.sources import open_source
 
     loaded = load_bundle(bundle)
     classes, patch_size = loaded.manifest.classes, loaded.manifest.patch_size
     engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
+    warn_unless_verified(loaded, engine, backend, precision)
     stream = Stream(loaded, engine, budget=_counts(token_budget), keep_ratio=keep_ratio)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_source(source, live=live, frame_rate=frame_rate))
@@ -205,24 +209,44 @@ def verify(
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
     precision: PrecisionOption = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a tensor over its largest value.")] = 1e-4,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Only for fp32: largest difference of a tensor over its largest value. Default: 1e-4."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Run the bundle's reference clip here and compare with what torch gave; exit code 1 if it differs."""
     from runtime.backend import load_engine
     from runtime.bundle import load_bundle
-    from runtime.reference import verify_engine
+    from runtime.reference import compare_engine
+    from runtime.verified import note_verified
 
     loaded = load_bundle(bundle)
     engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
-    result = verify_engine(loaded, engine, tolerance)
-    table = _table("tensor", "largest relative difference")
+    result = compare_engine(loaded, engine, tolerance)
+    if as_json:
+        console.print_json(json.dumps(result.as_dict()))
+    else:
+        _print_verification(result)
+    note_verified(loaded, engine, result.check().sqnr_db)
+
+
+def _print_verification(result: Verification) -> None:
+    budgets = _table("budget", "tokens kept", "frames", "same tokens by stage", "lowest SNR", "")
+    for name, budget in result.budgets.items():
+        overlap = " / ".join(f"{share:.1%}" for share in budget.overlap.values()) or "all kept"
+        ratio = f"{min(budget.sqnr_db.values(), default=math.inf):.0f} dB"
+        notes = budget.not_built or f"{budget.skipped} with near-ties not compared" * bool(budget.skipped)
+        tokens = " / ".join(map(str, budget.token_budget))
+        budgets.add_row(name, tokens, str(budget.frames), overlap, ratio, escape(notes))
+    console.print(budgets)
+    tensors = _table("tensor", "largest relative difference", "lowest SNR")
     for name, difference in result.worst.items():
-        table.add_row(name, f"{difference:.1e}")
-    console.print(table)
-    _say(
-        f"{len(result.frames)} frames agree within {tolerance:.0e} on {engine.report}"
-        + (f"; {result.skipped} frames with {result.near_ties} near-ties were not compared" if result.skipped else "")
-    )
+        ratio = f"{result.sqnr_db[name]:.0f} dB" if name in result.sqnr_db else ""
+        tensors.add_row(name, f"{difference:.1e}", ratio)
+    console.print(tensors)
+    if not result.failures:
+        _say(f"{result.frames} frames agree {result.limits} on {result.engine}")
 
 
 @app.command(epilog="Example: deploy.py inspect nano")

@@ -27,12 +27,16 @@ class EngineReport:
         version: Version of the library.
         provider: Execution provider or device that all nodes run on.
         threads: CPU threads of one step; 0 leaves it to the library.
+        precision: What it computes in.
+        plan_sha256: Hash of the plan file that was loaded; empty where the graph itself is.
     """
 
     backend: str
     version: str
     provider: str
     threads: int
+    precision: str = "fp32"
+    plan_sha256: str = ""
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""

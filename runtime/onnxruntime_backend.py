@@ -60,7 +60,7 @@ class OnnxRuntimeEngine:
         if provider not in self._session.get_providers():
             raise BackendUnavailableError(f"{provider} is listed but could not be loaded here. {_INSTALL[provider]}")
         self.graph = graph
-        self.report = EngineReport("onnxruntime", ort.__version__, provider, threads)
+        self.report = EngineReport("onnxruntime", ort.__version__, provider, threads, bundle.manifest.precision)
         self._bundle = bundle
 
     def open_stream(self, batch: int = 1) -> OnnxRuntimeBuffers:

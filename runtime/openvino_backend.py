@@ -51,7 +51,8 @@ class OpenVinoEngine:
         if threads:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._bundle, self.graph = bundle, graph
-        self.report = EngineReport("openvino", openvino.__version__.split("-")[0], f"{_DEVICE} in {precision}", threads)
+        number = openvino.__version__.split("-")[0]
+        self.report = EngineReport("openvino", number, f"{_DEVICE} in {precision}", threads, precision)
         self._compiled: dict[int, ov.CompiledModel] = {}
         self._compile(1)
 

@@ -102,7 +102,9 @@ def test_inspect_as_json_is_the_manifest(cli, micro_bundle):
 def test_verify_agrees_and_names_every_tensor(cli, micro_bundle):
     out = cli("verify", micro_bundle, "--threads", 1).check().out
     for name in ["class_logits", "mask_logits", "next_prior.keys", "next_prior.queries"]:
-        assert re.search(rf"{re.escape(name)}\s+\d\.\de-\d\d", out), name
+        assert re.search(rf"{re.escape(name)}\s+\d\.\de-\d\d\s+\d+ dB", out), name
+    for name, budget in load_bundle(micro_bundle).manifest.presets.items():
+        assert re.search(rf"{name}\s+{' / '.join(map(str, budget))}\s+\d", out), name
     assert "frames agree within 1e-04 on onnxruntime" in out
 
 
@@ -113,6 +115,14 @@ def test_verify_agrees_and_names_every_tensor(cli, micro_bundle):
 def test_verify_of_another_model_ends_with_1(cli, micro_bundle, micro_model, tmp_path, weight, words):
     bundle = perturbed(micro_bundle, tmp_path / "other", micro_model.get_parameter(weight).detach().numpy())
     cli("verify", bundle, "--threads", 1).refused("ExportMismatchError", "frame ", words, code=1)
+
+
+def test_verify_as_json_also_of_another_model(cli, micro_bundle, micro_model, tmp_path):
+    assert json.loads(cli("verify", micro_bundle, "--threads", 1, "--json").check().out)["passed"]
+    weight = micro_model.get_parameter("mask_head.classify.weight").detach().numpy()
+    ended = cli("verify", perturbed(micro_bundle, tmp_path / "other", weight), "--threads", 1, "--json")
+    ended.refused("ExportMismatchError", code=1)
+    assert not json.loads(ended.out)["passed"]
 
 
 def test_verify_with_another_tolerance(cli, micro_bundle):
