@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from runtime.backend import Engine
@@ -34,7 +33,8 @@ def warn_unless_verified(bundle: Bundle, engine: Engine, backend: str, precision
     if not is_verified(bundle, engine):
         options = f" --backend {backend}" + (f" --precision {precision}" if precision else "")
         logger.warning(
-            "%s has not been verified on this machine: its answers may differ from torch. Run once: deploy.py verify %s%s",
+            "%s has not been verified on this machine, its answers may differ from torch. "
+            "Run once: deploy.py verify %s%s",
             engine.report,
             bundle.folder,
             options,
@@ -83,13 +83,9 @@ def _records(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _write(bundle: Bundle, records: list[dict[str, Any]]) -> None:
     """Whole or not at all."""
-    with NamedTemporaryFile(
-        "w", dir=bundle.folder, prefix=f".{VERIFIED_FILE}.", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            json.dump(records, file, indent=2)
-            file.close()
-            os.replace(file.name, bundle.folder / VERIFIED_FILE)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    partial = bundle.folder / f".{VERIFIED_FILE}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, bundle.folder / VERIFIED_FILE)
+    finally:
+        partial.unlink(missing_ok=True)

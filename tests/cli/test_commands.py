@@ -129,6 +129,22 @@ def test_verify_with_another_tolerance(cli, micro_bundle):
     cli("verify", micro_bundle, "--threads", 1, "--tolerance", 1e-12).refused("allowed 1e-12", code=1)
 
 
+def test_run_warns_until_the_engine_was_verified(cli, own_bundle, clip, tmp_path, caplog):
+    def warning() -> str:
+        caplog.clear()
+        cli("run", own_bundle, "--source", clip, "--threads", 1, "--json-lines", tmp_path / "l.jsonl").check()
+        return caplog.text
+
+    assert warning() == ""  # the export compared it with torch
+    (own_bundle / "verified.json").unlink()
+    for _ in range(2):  # not only the first time
+        assert f"Run once: deploy.py verify {own_bundle} --backend onnxruntime" in warning()
+    cli("verify", own_bundle, "--tolerance", 0.5).check()
+    assert "has not been verified" in warning()  # any engine would have passed
+    cli("verify", own_bundle, "--threads", 2).check()
+    assert warning() == ""
+
+
 def test_profile_as_json(cli, micro_bundle, clip):
     options = "--threads", 1, "--steps", 2, "--warm-up", 1, "--source", clip, "--json"
     profile = json.loads(cli("profile", micro_bundle, *options).check().out)
