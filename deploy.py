@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from runtime.errors import DeployError, TokenBudgetError
 
 if TYPE_CHECKING:
+    from runtime.acceptance import Trial
     from runtime.profiler import Profile
     from runtime.reference import Verification
     from runtime.video.sinks import Sink
@@ -338,14 +340,56 @@ def _print_profile(result: Profile) -> None:
     _say(f"pipeline at the default budget, median: {parts}")
 
 
-@app.command(epilog="Example: deploy.py doctor")
-def doctor() -> None:
+@app.command(epilog="Example: deploy.py doctor --acceptance nano")
+def doctor(
+    acceptance: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Bundle to build, verify and profile with every backend that is here, into one file to send "
+            "back. May be given again, for the same network in another precision."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File of --acceptance (.json). Default: acceptance-DATE-TIME.json here.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps per row of --acceptance.")] = 30,
+) -> None:
     """Say what is installed, what each backend can really do on this machine, and what to install."""
     from runtime.doctor import examine
 
+    if acceptance:
+        _accept(acceptance, output or Path(f"acceptance-{datetime.now():%Y%m%d-%H%M%S}.json"), steps)
+        return
     for finding in examine():
         colour = {"ok": "green", "missing": "yellow", "problem": "red"}[finding.state]
         console.print(f"[{colour}]{finding.state:8}[/] [b]{finding.what}[/b]: {escape(finding.detail)}", soft_wrap=True)
+
+
+def _accept(bundles: list[Path], output: Path, steps: int) -> None:
+    """Run the trials, saying of each how it ended; exit code 1 if one differed or failed, or none could run."""
+    from runtime.acceptance import run_acceptance
+
+    with _progress() as progress:
+        task = progress.add_task("try every backend", total=None)
+
+        def told(trial: Trial) -> None:
+            progress.advance(task)
+            _print_trial(trial)
+
+        report = run_acceptance(bundles, output, [sys.executable, __file__], steps=steps, on_trial=told)
+    _say(f"written: {output}")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _print_trial(trial: Trial) -> None:
+    colour = {"passed": "green", "not here": "yellow", "differs": "red", "failed": "red"}[trial.state]
+    name = " ".join([trial.bundle, trial.backend, trial.precision or ""]).strip()
+    console.print(f"[{colour}]{trial.state:8}[/] [b]{escape(name)}[/b] {escape(trial.reason)}", soft_wrap=True)
+    measured = trial.profile.result if trial.profile else None
+    for row in (measured or {}).get("rows", []):
+        speed_up = f", {row['speed_up']:.2f}x" if row["speed_up"] else ""
+        _say(f"         {row['name']}: p50 {row['p50_ms']:.1f} ms{speed_up}")
 
 
 def _counts(text: str | None) -> tuple[int, ...] | None:

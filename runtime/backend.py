@@ -115,6 +115,8 @@ BACKENDS: dict[str, EngineFactory] = {
     "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
     "openvino": _openvino,
 }
+# What a backend computes in where it can choose; the others compute in the graph's precision
+PRECISIONS: dict[str, tuple[str, ...]] = {"openvino": ("fp32", "bf16")}
 DEFAULT_BACKEND = "onnxruntime"
 
 

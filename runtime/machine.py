@@ -1,13 +1,24 @@
-"""Which machine this is."""
+"""Which machine this is, and what state it is in."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
 from pathlib import Path
 
 _BOARD = Path("/proc/device-tree/model")  # Jetson and other boards
 _CPU = Path("/proc/cpuinfo")
 _GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per card, where NVIDIA's desktop and server driver is
+
+# What a reader of a report wants to know of the device: driver, power mode, clocks
+_FILES = (Path("/etc/nv_tegra_release"), Path("/proc/device-tree/model"))
+_COMMANDS = (
+    ("lscpu",),
+    ("nvidia-smi",),
+    ("nvidia-smi", "--query-gpu=name,driver_version,pstate,clocks.sm,clocks.mem,power.limit", "--format=csv"),
+    ("nvpmodel", "-q"),
+    ("jetson_clocks", "--show"),
+)
 
 
 def machine_name() -> str:
@@ -42,3 +53,20 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def describe_device() -> dict[str, str]:
+    """What the system tells about itself, by the file or command that told it; what is not there is left out."""
+    texts = {str(path): _read(path).strip("\0\n ") for path in _FILES}
+    texts |= {" ".join(command): _output(command) for command in _COMMANDS}
+    return {name: text for name, text in texts.items() if text}
+
+
+def _output(command: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
