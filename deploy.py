@@ -55,7 +55,10 @@ BackendOption = Annotated[
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one step; 0: one per physical core.")]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(help="What the backend computes in where it can choose: fp32 or bf16 (openvino). Default: fp32."),
+    typer.Option(
+        help="What the backend computes in where it can choose: fp32, bf16 (openvino), tf32 (onnxruntime-cuda). "
+        "Default: as the graph."
+    ),
 ]
 KeepRatioOption = Annotated[
     float | None,

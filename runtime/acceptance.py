@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -126,7 +126,7 @@ def run_acceptance(
     The file is written anew, whole, after every trial, so that an interrupted run leaves what it found.
 
     Args:
-        folders: Bundles, best one for each precision of the graph.
+        folders: Bundles, for instance one network in several precisions.
         output: JSON file to write.
         deploy: How ``deploy.py`` is started, e.g. ``[sys.executable, "deploy.py"]``.
         steps: Measured steps of each row of a profile.
@@ -155,10 +155,12 @@ def run_acceptance(
     return report
 
 
-def _trials(folders: Sequence[str] | dict[str, Any]) -> Iterator[Trial]:
-    for folder in folders:
+def _trials(manifests: Mapping[str, Any]) -> Iterator[Trial]:
+    """A graph in fp32 is tried in every precision that a backend can make of it, another one as it is."""
+    for folder, manifest in manifests.items():
         for backend in BACKENDS:
-            for precision in PRECISIONS.get(backend, (None,)):
+            choices = PRECISIONS.get(backend, (None,)) if manifest["precision"] == "fp32" else (None,)
+            for precision in choices:
                 yield Trial(folder, backend, precision)
 
 

@@ -17,19 +17,23 @@ from runtime.errors import BundleError, SinkError
 # A deploy.py that does as its fourth argument, the backend, is called, and prints what it was called with
 FAKE = """
 import json, os, signal, sys
+
+def fail(code, message):
+    sys.stderr.write(message)
+    sys.exit(code)
+
 command, bundle, _, backend, *options = sys.argv[1:]
 if backend == "absent":
-    sys.exit("a log line\\nBackendUnavailableError: no such device. Install it: pip install absent")
+    fail(2, "a log line\\nBackendUnavailableError: no such device. Install it: pip install absent")
 if backend == "crashes":
     os.kill(os.getpid(), signal.SIGSEGV)
 if backend == "tensorrt-unbuilt" and command == "build":
-    sys.exit("BackendError: TensorRT refuses the graph:\\n  node 3\\n  node 4")
+    fail(2, "BackendError: TensorRT refuses the graph:\\n  node 3\\n  node 4")
 if backend == "unmeasured" and command == "profile":
-    sys.exit("StepError: out of memory")
+    fail(2, "StepError: out of memory")
 print(json.dumps([command, *options]))
 if backend == "wrong" and command == "verify":
-    sys.stderr.write("ExportMismatchError: it differs\\n")
-    sys.exit(1)
+    fail(1, "ExportMismatchError: it differs")
 """
 
 
@@ -39,11 +43,7 @@ def fake(tmp_path, monkeypatch):
 
     def make(*backends: str, precisions: dict[str, tuple[str, ...]] | None = None) -> list[str]:
         script = tmp_path / "fake_deploy.py"
-        script.write_text(
-            FAKE.replace('sys.exit("', 'fail("').replace(
-                "command, bundle", "def fail(text):\n    sys.stderr.write(text)\n    sys.exit(2)\ncommand, bundle", 1
-            )
-        )
+        script.write_text(FAKE)
         monkeypatch.setattr(acceptance, "BACKENDS", dict.fromkeys(backends))
         monkeypatch.setattr(acceptance, "PRECISIONS", precisions or {})
         monkeypatch.setattr(acceptance, "examine", lambda: iter(()))
@@ -103,7 +103,7 @@ def test_engine_that_differs_is_measured_all_the_same(fake, micro_bundle, tmp_pa
 
 
 def test_engines_are_built_first(fake, micro_bundle, tmp_path):
-    report, found = trials(fake, micro_bundle, tmp_path, "tensorrt", "tensorrt-unbuilt")
+    _, found = trials(fake, micro_bundle, tmp_path, "tensorrt", "tensorrt-unbuilt")
     assert found["tensorrt"].build.result == ["build"] and found["tensorrt"].state == "passed"
     unbuilt = found["tensorrt-unbuilt"]
     assert unbuilt.state == "failed" and unbuilt.verify is None
@@ -163,10 +163,10 @@ def test_device_is_described_by_what_is_there(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_commands_on_this_machine(cli_free_bundle, tmp_path, monkeypatch):
+def test_the_real_commands_on_this_machine(own_bundle, tmp_path, monkeypatch):
     """Everything that is installed here, as its owner would run it; what is not is told with its cure."""
     deploy = [sys.executable, str(Path(__file__).parents[2] / "deploy.py")]
-    report = run_acceptance([cli_free_bundle], tmp_path / "report.json", deploy, steps=1)
+    report = run_acceptance([own_bundle], tmp_path / "report.json", deploy, steps=1)
     assert {trial.backend for trial in report.trials} == set(BACKENDS)
     found = {(trial.backend, trial.precision): trial for trial in report.trials}
     main = found["onnxruntime", None]
@@ -181,6 +181,6 @@ def test_the_real_commands_on_this_machine(cli_free_bundle, tmp_path, monkeypatc
 
 
 @pytest.fixture
-def cli_free_bundle(changed_bundle):
+def own_bundle(changed_bundle):
     """A copy: verifying writes a record into it."""
     return changed_bundle()
