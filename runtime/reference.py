@@ -14,6 +14,7 @@ from runtime.agreement import LIMITS, Agreement, Limits, coarsest
 from runtime.backend import Engine, StreamBuffers
 from runtime.bundle import REFERENCE_FILE, Bundle
 from runtime.errors import BundleError, DeployError, ExportMismatchError, TokenBudgetError
+from runtime.manifest import GraphSpec
 from runtime.parity import compare_frame
 
 MASK_STRIDE = 4  # mask logits are stored at every 4th row and column
@@ -195,17 +196,13 @@ def cases(bundle: Bundle, reference: Arrays, preset: str) -> list[Case]:
     return [Case(t, f"{preset}:{t}.") for t in frames if f"{preset}:{t}.budget" in reference]
 
 
-def feed(reference: Arrays, buffers: StreamBuffers, case: Case) -> tuple[int, ...]:
-    """Write a frame's image and the reference's state into the buffers.
-
-    Returns:
-        Tokens to keep at each stage.
-    """
-    wanted = buffers.state()
-    state = _section(reference, f"{case.t}.state.")
-    buffers.set_state({name: value.astype(wanted[name].dtype) for name, value in state.items()})
-    buffers.image[0] = reference[f"{case.t}.image"]
-    return tuple(int(count) for count in reference[f"{case.prefix}budget"])
+def inputs(reference: Arrays, case: Case, graph: GraphSpec) -> dict[str, NDArray[np.generic]]:
+    """What a graph takes at a frame, by name: image, the reference's state, and token counts where it selects."""
+    values = _section(reference, f"{case.t}.state.") | {"image": reference[f"{case.t}.image"][None]}
+    for spec in graph.inputs:
+        if spec.name == "token_budget":
+            values[spec.name] = reference[f"{case.prefix}budget"][: spec.shape_for(1)[0]]
+    return {spec.name: values[spec.name].astype(spec.dtype) for spec in graph.inputs}
 
 
 def expected(reference: Arrays, case: Case, carried: set[str]) -> dict[str, NDArray[np.generic]]:
@@ -230,9 +227,9 @@ def _compare_budget(
     near_ties, skipped = 0, 0
     carried = {pair.input for pair in engine.graph.carried}  # the tracker writes the rest
     for case in frames:
-        budget = feed(reference, buffers, case)
+        budget = tuple(int(count) for count in reference[f"{case.prefix}budget"])
         try:
-            got = _step(buffers, budget)
+            got = _step(buffers, inputs(reference, case, engine.graph), budget)
         except TokenBudgetError as error:
             return BudgetAgreement(preset, not_built=str(error))
         want = expected(reference, case, carried)
@@ -260,8 +257,10 @@ def _compare_budget(
     )
 
 
-def _step(buffers: StreamBuffers, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
+def _step(buffers: StreamBuffers, given: Arrays, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
     """Outputs and next state by name, mask logits thinned out as the reference's are."""
+    buffers.set_state({name: value for name, value in given.items() if name not in ("image", "token_budget")})
+    buffers.image[:] = given["image"]
     got = {name: np.array(value) for name, value in buffers.run(budget).items()}
     got["mask_logits"] = got["mask_logits"][..., ::MASK_STRIDE, ::MASK_STRIDE]
     buffers.commit()
