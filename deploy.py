@@ -427,7 +427,7 @@ def _print_trial(trial: Trial) -> None:
     name = " ".join([trial.bundle, trial.backend, trial.precision or ""]).strip()
     console.print(f"[{colour}]{trial.state:8}[/] [b]{escape(name)}[/b] {escape(trial.reason)}", soft_wrap=True)
     measured = trial.profile.result if trial.profile else None
-    for row in (measured or {}).get("rows", []):
+    for row in measured.get("rows", []) if isinstance(measured, dict) else []:
         speed_up = f", {row['speed_up']:.2f}x" if row["speed_up"] else ""
         _say(f"         {row['name']}: p50 {row['p50_ms']:.1f} ms{speed_up}")
 

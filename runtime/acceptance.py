@@ -24,7 +24,7 @@ from runtime.errors import SinkError
 from runtime.machine import describe_device, machine_name
 
 SCHEMA_VERSION = 1
-STDERR_CHARACTERS = 4000
+TEXT_CHARACTERS = 4000
 
 State = Literal["passed", "differs", "not here", "failed"]
 
@@ -36,7 +36,7 @@ class CommandRun:
     Attributes:
         command: As one would type it.
         exit_code: 0 done, 1 found different, 2 cannot be done; below 0 the number of the signal that ended it.
-        result: What it printed as JSON; None if it printed none.
+        result: What it printed, as JSON if it is that.
         stderr: The end of its log.
     """
 
@@ -168,7 +168,7 @@ def _try(trial: Trial, deploy: Sequence[str], steps: int) -> None:
     """Run the commands of a trial, up to the first that does not succeed."""
     if trial.backend.startswith("tensorrt"):
         trial.build = _run(deploy, "build", trial.bundle, "--backend", trial.backend)
-        if trial.build.exit_code:
+        if trial.build.exit_code not in (0, 1):  # 1: built, with layers in another precision than asked
             trial.state, trial.reason = _state(trial.build), trial.build.error
             return
     trial.verify = _run(deploy, "verify", *trial.options, "--json")
@@ -182,7 +182,7 @@ def _try(trial: Trial, deploy: Sequence[str], steps: int) -> None:
 def _state(run: CommandRun) -> State:
     if run.exit_code == 0:
         return "passed"
-    if run.exit_code == 1 and run.result is not None:
+    if run.exit_code == 1 and isinstance(run.result, dict):
         return "differs"
     return "not here" if run.error.startswith("BackendUnavailableError") else "failed"
 
@@ -193,10 +193,10 @@ def _run(deploy: Sequence[str], *arguments: str) -> CommandRun:
     try:
         result = json.loads(done.stdout)
     except ValueError:
-        result = None
+        result = done.stdout[-TEXT_CHARACTERS:]
     wall_s = round(time.perf_counter() - started, 2)
     return CommandRun(
-        f"deploy.py {' '.join(arguments)}", done.returncode, wall_s, result, done.stderr[-STDERR_CHARACTERS:]
+        f"deploy.py {' '.join(arguments)}", done.returncode, wall_s, result, done.stderr[-TEXT_CHARACTERS:]
     )
 
 

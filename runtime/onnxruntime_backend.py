@@ -68,8 +68,8 @@ class OnnxRuntimeEngine:
         flags = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))} if provider == _CUDA else {}
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints what goes wrong there, among our results
-                if provider == _CUDA and hasattr(ort, "preload_dlls"):
-                    ort.preload_dlls()  # CUDA and cuDNN where pip put them
+                if provider == _CUDA:
+                    preload_cuda(ort)
                 self._session = ort.InferenceSession(
                     str(bundle.path(graph)),
                     options,
@@ -254,6 +254,12 @@ class _Binding:
     counts: ort.OrtValue | None
     options: ort.RunOptions | None
     graph_id: int | None
+
+
+def preload_cuda(ort: Any) -> None:
+    """Load CUDA and cuDNN from where pip puts them, if they are there; ONNX Runtime does not look there by itself."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        ort.preload_dlls()
 
 
 def _session_options(ort: Any, threads: int) -> Any:

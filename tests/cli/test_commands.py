@@ -125,6 +125,29 @@ def test_verify_as_json_also_of_another_model(cli, micro_bundle, micro_model, tm
     assert not json.loads(ended.out)["passed"]
 
 
+@pytest.mark.parametrize("options", [[], ["--dense", "--frame", 0]], ids=["budget", "dense"])
+def test_verify_layer_by_layer(cli, micro_bundle, options):
+    pytest.importorskip("onnx_graphsurgeon", reason="polygraphy needs it: pip install '.[layers]'")
+    out = cli("verify", micro_bundle, "--threads", 1, "--layers", *options).check().out
+    assert re.search(r"0 of \d{3} tensors are below 80 dB, the lowest above", out)
+    assert len(re.findall(r"^node_\S+ +\w+ +\S+ +\d+\.\d dB", out, re.MULTILINE)) == 10
+
+
+def test_acceptance_report_of_the_command_line(cli, own_bundle, tmp_path, monkeypatch):
+    """One backend that is here and one that is not; the others are tried in test_acceptance."""
+    monkeypatch.setattr("runtime.acceptance.BACKENDS", dict.fromkeys(("onnxruntime", "nonsense")))
+    report = tmp_path / "report.json"
+    out = cli("doctor", "--acceptance", own_bundle, "--steps", 1, "--output", report).check().out
+    assert f"passed   {own_bundle} onnxruntime" in out and "keep 0.55: p50" in out
+    assert "not here" in out and "no backend is called 'nonsense'" in out and f"written: {report}" in out
+    assert json.loads(report.read_text())["finished"]
+
+
+def test_acceptance_of_no_bundle_is_refused(cli, tmp_path):
+    cli("doctor", "--acceptance", tmp_path, "--output", tmp_path / "report.json").refused("no bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verify_with_another_tolerance(cli, micro_bundle):
     cli("verify", micro_bundle, "--threads", 1, "--tolerance", 1e-12).refused("allowed 1e-12", code=1)
 

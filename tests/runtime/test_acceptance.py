@@ -31,7 +31,9 @@ if backend == "tensorrt-unbuilt" and command == "build":
     fail(2, "BackendError: TensorRT refuses the graph:\\n  node 3\\n  node 4")
 if backend == "unmeasured" and command == "profile":
     fail(2, "StepError: out of memory")
-print(json.dumps([command, *options]))
+print(json.dumps({"ran": [command, *options]}))
+if backend == "tensorrt-mixed" and command == "build":
+    sys.exit(1)
 if backend == "wrong" and command == "verify":
     fail(1, "ExportMismatchError: it differs")
 """
@@ -60,8 +62,8 @@ def test_every_backend_is_tried_in_every_precision(fake, micro_bundle, tmp_path)
         ("one", None), ("two", "fp32"), ("two", "bf16")
     ]  # fmt: skip
     last = report.trials[-1]
-    assert last.verify.result == ["verify", "--precision", "bf16", "--json"]
-    assert last.profile.result == ["profile", "--precision", "bf16", "--steps", "7", "--json"]
+    assert last.verify.result == {"ran": ["verify", "--precision", "bf16", "--json"]}
+    assert last.profile.result == {"ran": ["profile", "--precision", "bf16", "--steps", "7", "--json"]}
     assert last.profile.command == (f"deploy.py profile {micro_bundle} --backend two --precision bf16 --steps 7 --json")
     assert report.passed and last.state == "passed" and last.build is None
 
@@ -103,8 +105,10 @@ def test_engine_that_differs_is_measured_all_the_same(fake, micro_bundle, tmp_pa
 
 
 def test_engines_are_built_first(fake, micro_bundle, tmp_path):
-    _, found = trials(fake, micro_bundle, tmp_path, "tensorrt", "tensorrt-unbuilt")
-    assert found["tensorrt"].build.result == ["build"] and found["tensorrt"].state == "passed"
+    _, found = trials(fake, micro_bundle, tmp_path, "tensorrt", "tensorrt-unbuilt", "tensorrt-mixed")
+    assert found["tensorrt"].build.result == {"ran": ["build"]} and found["tensorrt"].state == "passed"
+    mixed = found["tensorrt-mixed"]  # built, with layers in another precision: that is for verify to judge
+    assert mixed.build.exit_code == 1 and mixed.state == "passed"
     unbuilt = found["tensorrt-unbuilt"]
     assert unbuilt.state == "failed" and unbuilt.verify is None
     assert unbuilt.reason == "BackendError: TensorRT refuses the graph:\n  node 3\n  node 4"
