@@ -17,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,8 +36,11 @@ from runtime.errors import DeployError, EngineMismatchError, TokenBudgetError
 
 if TYPE_CHECKING:
     from export.engine import BuiltEngine
+    from export.layers import LayerAgreement
+    from runtime.acceptance import Trial
     from runtime.bundle import Bundle
     from runtime.profiler import Profile
+    from runtime.reference import Verification
     from runtime.video.sinks import Sink
 
 app = typer.Typer(
@@ -54,7 +59,10 @@ BackendOption = Annotated[
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one step; 0: one per physical core.")]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(help="What the backend computes in where it can choose: fp32 or bf16 (openvino). Default: fp32."),
+    typer.Option(
+        help="What the backend computes in where it can choose: fp32, bf16 (openvino), tf32 (onnxruntime-cuda). "
+        "Default: as the graph."
+    ),
 ]
 KeepRatioOption = Annotated[
     float | None,
@@ -243,12 +251,14 @@ def run(
     from runtime.bundle import load_bundle
     from runtime.pipeline import run_stream
     from runtime.stream import Stream
+    from runtime.verified import warn_unless_verified
     from runtime.video.sinks import JsonLinesSink, VideoSink, YouTubeVisSink, open_live_view
     from runtime.video.sources import open_source
 
     loaded = load_bundle(bundle)
     classes, patch_size = loaded.manifest.classes, loaded.manifest.patch_size
     engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
+    warn_unless_verified(loaded, engine, backend, precision)
     stream = Stream(loaded, engine, budget=_counts(token_budget), keep_ratio=keep_ratio)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_source(source, live=live, frame_rate=frame_rate))
@@ -288,24 +298,82 @@ def verify(
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
     precision: PrecisionOption = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a tensor over its largest value.")] = 1e-4,
-) -> None:
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Only for fp32: largest difference of a tensor over its largest value. Default: 1e-4."),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Instead: every tensor against ONNX Runtime without optimisations, to find where "
+                     "values part (needs polygraphy)."),
+    ] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="With --layers: the dense graph, in which no TopK changes rows about.")
+    ] = False,
+    frame: Annotated[int, typer.Option(min=0, help="With --layers: frame of the clip; 0 has no prior.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:  # fmt: skip
     """Run the bundle's reference clip here and compare with what torch gave; exit code 1 if it differs."""
+    from runtime.agreement import coarsest
     from runtime.backend import load_engine
     from runtime.bundle import load_bundle
-    from runtime.reference import verify_engine
+    from runtime.reference import compare_engine
+    from runtime.verified import note_verified
 
     loaded = load_bundle(bundle)
+    if layers:
+        from export.layers import compare_layers
+
+        found = compare_layers(loaded, backend, precision=precision, threads=threads, frame=frame, dense=dense)
+        _print_layers(found, coarsest(loaded.manifest.precision, precision or "fp32"))
+        return
     engine = load_engine(loaded, backend=backend, threads=threads, precision=precision)
-    result = verify_engine(loaded, engine, tolerance)
-    table = _table("tensor", "largest relative difference")
+    result = compare_engine(loaded, engine, tolerance)
+    if as_json:
+        console.print_json(json.dumps(result.as_dict()))
+    else:
+        _print_verification(result)
+    result.check()
+    if tolerance is None:  # a tolerance of one's own says nothing to others who run this bundle
+        note_verified(loaded, engine, result.sqnr_db)
+
+
+def _print_verification(result: Verification) -> None:
+    budgets = _table("budget", "tokens kept", "frames", "same tokens by stage", "lowest SNR", "")
+    for name, budget in result.budgets.items():
+        overlap = " / ".join(f"{share:.1%}" for share in budget.overlap.values()) or "all kept"
+        ratio = f"{min(budget.sqnr_db.values(), default=math.inf):.0f} dB"
+        notes = budget.not_built or f"{budget.skipped} with near-ties not compared" * bool(budget.skipped)
+        tokens = " / ".join(map(str, budget.token_budget))
+        budgets.add_row(name, tokens, str(budget.frames), overlap, ratio, escape(notes))
+    console.print(budgets)
+    tensors = _table("tensor", "largest relative difference", "lowest SNR")
     for name, difference in result.worst.items():
-        table.add_row(name, f"{difference:.1e}")
+        ratio = f"{result.sqnr_db[name]:.0f} dB" if name in result.sqnr_db else ""
+        tensors.add_row(name, f"{difference:.1e}", ratio)
+    console.print(tensors)
+    if not result.failures:
+        _say(f"{result.frames} frames agree {result.limits} on {result.engine}")
+
+
+def _print_layers(found: list[LayerAgreement], precision: str) -> None:
+    """The first tensors that do not reach the limit of the precision; the lowest if all do."""
+    from runtime.agreement import LIMITS
+
+    limit = min(LIMITS[precision].sqnr_db, 80.0)  # fp32: 80 dB are a ten-thousandth
+    below = [layer for layer in found if layer.sqnr_db < limit]
+    table = _table("node", "type", "tensor", "SNR")
+    for layer in below[:20] or sorted(found, key=lambda layer: layer.sqnr_db)[:10]:
+        table.add_row(*map(escape, (layer.node, layer.op_type, layer.tensor)), f"{layer.sqnr_db:.1f} dB")
     console.print(table)
     _say(
-        f"{len(result.frames)} frames agree within {tolerance:.0e} on {engine.report}"
-        + (f"; {result.skipped} frames with {result.near_ties} near-ties were not compared" if result.skipped else "")
+        f"{len(below)} of {len(found)} tensors are below {limit:.0f} dB"
+        + (", the first of them above in the order of the graph" if below else ", the lowest above")
     )
+    if any(layer.op_type == "TopK" for layer in below):
+        _say(
+            "a TopK ranks tokens otherwise, so the rows after it are others: look at what comes before, or use --dense"
+        )
 
 
 @app.command(epilog="Example: deploy.py inspect nano")
@@ -414,14 +482,56 @@ def _print_profile(result: Profile) -> None:
     _say(f"pipeline at the default budget, median: {parts}")
 
 
-@app.command(epilog="Example: deploy.py doctor")
-def doctor() -> None:
+@app.command(epilog="Example: deploy.py doctor --acceptance nano")
+def doctor(
+    acceptance: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Bundle to build, verify and profile with every backend that is here, into one file to send "
+            "back. May be given again, for the same network in another precision."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File of --acceptance (.json). Default: acceptance-DATE-TIME.json here.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps per row of --acceptance.")] = 30,
+) -> None:
     """Say what is installed, what each backend can really do on this machine, and what to install."""
     from runtime.doctor import examine
 
+    if acceptance:
+        _accept(acceptance, output or Path(f"acceptance-{datetime.now():%Y%m%d-%H%M%S}.json"), steps)
+        return
     for finding in examine():
         colour = {"ok": "green", "missing": "yellow", "problem": "red"}[finding.state]
         console.print(f"[{colour}]{finding.state:8}[/] [b]{finding.what}[/b]: {escape(finding.detail)}", soft_wrap=True)
+
+
+def _accept(bundles: list[Path], output: Path, steps: int) -> None:
+    """Run the trials, saying of each how it ended; exit code 1 if one differed or failed, or none could run."""
+    from runtime.acceptance import run_acceptance
+
+    with _progress() as progress:
+        task = progress.add_task("try every backend", total=None)
+
+        def told(trial: Trial) -> None:
+            progress.advance(task)
+            _print_trial(trial)
+
+        report = run_acceptance(bundles, output, [sys.executable, __file__], steps=steps, on_trial=told)
+    _say(f"written: {output}")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _print_trial(trial: Trial) -> None:
+    colour = {"passed": "green", "not here": "yellow", "differs": "red", "failed": "red"}[trial.state]
+    name = " ".join([trial.bundle, trial.backend, trial.precision or ""]).strip()
+    console.print(f"[{colour}]{trial.state:8}[/] [b]{escape(name)}[/b] {escape(trial.reason)}", soft_wrap=True)
+    measured = trial.profile.result if trial.profile else None
+    for row in measured.get("rows", []) if isinstance(measured, dict) else []:
+        speed_up = f", {row['speed_up']:.2f}x" if row["speed_up"] else ""
+        _say(f"         {row['name']}: p50 {row['p50_ms']:.1f} ms{speed_up}")
 
 
 def _counts(text: str | None) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ from runtime.backend import load_engine
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
 from runtime.errors import CheckpointError, SinkError
 from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin
+from runtime.verified import note_verified
 
 PRESET_RATIOS = (0.40, 0.55, 0.70, 1.0)
 
@@ -165,7 +166,7 @@ def _fill(
     initial = {state_name(field): row.numpy() for field, row in initial_rows(model).items()}
     np.savez(folder / INITIAL_STATE_FILE, **initial)
     report("write reference vectors")
-    write_reference(model, folder / REFERENCE_FILE, presets[default], request.selection)
+    write_reference(model, folder / REFERENCE_FILE, presets, default, request.selection)
     manifest = _manifest(model, request, folder, presets, default, graph, baseline)
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return _check(model, request, folder, presets[default], report)
@@ -191,6 +192,7 @@ def _check(
         frames = synthetic_frames(model.config.image_size, seed=1)
         dense = load_engine(bundle, bundle.manifest.baseline)
         parity["dense baseline"] = check_parity(model, dense, frames, rule.largest, request.tolerance)
+    note_verified(bundle, engine, {})
     return parity
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from models.pruned_host import PrunedHost, Selection
 from runtime.reference import MASK_STRIDE
 
 FRAMES = 8
+PRESET_STRIDE = 2  # frames 0, 2, 4, 6: one without a prior and three with
 
 
 def synthetic_frames(image_size: tuple[int, int], count: int = FRAMES, seed: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -32,21 +34,42 @@ def synthetic_frames(image_size: tuple[int, int], count: int = FRAMES, seed: int
         yield (np.stack(channels, axis=-1) * 30 + 128).clip(0, 255).astype(np.uint8)
 
 
-def write_reference(model: PrunedHost, path: Path, budget: tuple[int, ...], mode: Selection) -> None:
+def write_reference(
+    model: PrunedHost, path: Path, presets: dict[str, tuple[int, ...]], default: str, mode: Selection
+) -> None:
     """Run torch over the synthetic clip and write inputs, state, scores and outputs of every frame.
 
+    The clip runs at the default preset; the other presets start from its state at every ``PRESET_STRIDE``-th frame.
     Mask logits are stored at every ``MASK_STRIDE``-th row and column.
     """
-    oracle, state = Oracle(model), model.initial_state(1)
+    oracle, state, rule = Oracle(model), model.initial_state(1), model.budget_rule
     arrays: dict[str, NDArray[np.generic]] = {"frames": np.array(FRAMES)}
     for t, frame in enumerate(synthetic_frames(model.config.image_size)):
-        used = model.budget_rule.at_reset(budget) if t == 0 else budget
-        arrays |= {f"{t}.state.{name}": value for name, value in named_state(model, state, mode).items()}
-        outputs, state = oracle.run(torch.from_numpy(frame)[None], state, used, mode)
-        arrays |= {f"{t}.image": frame, f"{t}.budget": np.array(used), f"{t}.tied_match": np.array(oracle.tied_match)}
-        arrays |= {f"{t}.scores.{stage}": scores for stage, scores in enumerate(oracle.scores)}
-        for name, value in outputs._asdict().items():
-            stored = value[..., ::MASK_STRIDE, ::MASK_STRIDE] if name == "mask_logits" else value
-            arrays[f"{t}.output.{name}"] = stored.numpy()
+        image, before = torch.from_numpy(frame)[None], state
+        budgets = {name: rule.at_reset(budget) if t == 0 else budget for name, budget in presets.items()}
+        arrays |= {f"{t}.state.{name}": value for name, value in named_state(model, before, mode).items()}
+        arrays[f"{t}.image"] = frame
+        outputs, state = oracle.run(image, before, budgets[default], mode)
+        arrays |= _vectors(f"{t}.", oracle, outputs, budgets[default])
         # the state that this frame leaves is stored as the next frame's input; the last one's is not compared
+        following = named_state(model, state, mode)
+        for name in presets if t % PRESET_STRIDE == 0 else ():
+            if name != default:
+                outputs, other = oracle.run(image, before, budgets[name], mode)
+                arrays |= _vectors(f"{name}:{t}.", oracle, outputs, budgets[name])
+                arrays |= {
+                    f"{name}:{t}.next.{field}": value
+                    for field, value in named_state(model, other, mode).items()
+                    if not np.array_equal(value, following[field])
+                }
     np.savez_compressed(path, **arrays)
+
+
+def _vectors(prefix: str, oracle: Oracle, outputs: Any, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
+    """What the oracle's last step gave, under names with this prefix."""
+    arrays = {f"{prefix}budget": np.array(budget), f"{prefix}tied_match": np.array(oracle.tied_match)}
+    arrays |= {f"{prefix}scores.{stage}": scores for stage, scores in enumerate(oracle.scores)}
+    for name, value in outputs._asdict().items():
+        stored = value[..., ::MASK_STRIDE, ::MASK_STRIDE] if name == "mask_logits" else value
+        arrays[f"{prefix}output.{name}"] = stored.numpy()
+    return arrays

@@ -27,12 +27,16 @@ class EngineReport:
         version: Version of the library.
         provider: Execution provider or device that all nodes run on.
         threads: CPU threads of one step; 0 leaves it to the library.
+        precision: What it computes in.
+        plan_sha256: Hash of the plan file that was loaded; empty where the graph itself is.
     """
 
     backend: str
     version: str
     provider: str
     threads: int
+    precision: str = "fp32"
+    plan_sha256: str = ""
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""
@@ -87,17 +91,33 @@ class Engine(Protocol):
 EngineFactory = Callable[[Bundle, GraphSpec, int, str | None], Engine]
 
 
-def _onnxruntime(provider: str) -> EngineFactory:
+def _onnxruntime(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
+    from runtime.onnxruntime_backend import OnnxRuntimeEngine
+
+    _check_precision(bundle, precision)
+    return OnnxRuntimeEngine(bundle, graph, threads=threads)
+
+
+def _onnxruntime_cuda(*, cuda_graph: bool) -> EngineFactory:
     def load(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
         from runtime.onnxruntime_backend import OnnxRuntimeEngine
 
-        if precision not in (None, bundle.manifest.precision):
-            raise BackendUnavailableError(
-                f"ONNX Runtime computes in the precision of the graph, {bundle.manifest.precision}, not in {precision}."
-            )
-        return OnnxRuntimeEngine(bundle, graph, provider=provider, threads=threads)
+        tf32 = precision == "tf32" and bundle.manifest.precision == "fp32"
+        if not tf32:
+            _check_precision(bundle, precision, ", or for a graph in fp32 in tf32")
+        return OnnxRuntimeEngine(
+            bundle, graph, provider="CUDAExecutionProvider", threads=threads, tf32=tf32, cuda_graph=cuda_graph
+        )
 
     return load
+
+
+def _check_precision(bundle: Bundle, precision: str | None, others: str = "") -> None:
+    if precision not in (None, bundle.manifest.precision):
+        raise BackendUnavailableError(
+            f"ONNX Runtime computes in the precision of the graph, {bundle.manifest.precision}{others}, "
+            f"not in {precision}."
+        )
 
 
 def _openvino(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> Engine:
@@ -120,11 +140,18 @@ def _tensorrt(backend: str) -> EngineFactory:
 
 
 BACKENDS: dict[str, EngineFactory] = {
-    "onnxruntime": _onnxruntime("CPUExecutionProvider"),
-    "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _onnxruntime_cuda(cuda_graph=False),
+    "onnxruntime-cuda-graph": _onnxruntime_cuda(cuda_graph=True),
     "openvino": _openvino,
     "tensorrt": _tensorrt("tensorrt"),
     "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
+}
+# What a backend computes in where it can choose; the others compute in the graph's precision
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnxruntime-cuda": ("fp32", "tf32"),
+    "onnxruntime-cuda-graph": ("fp32", "tf32"),
+    "openvino": ("fp32", "bf16"),
 }
 DEFAULT_BACKEND = "onnxruntime"
 
@@ -143,8 +170,8 @@ def load_engine(
         graph: The bundle's main graph if None.
         backend: One of :data:`BACKENDS`.
         threads: CPU threads of one step; 0 leaves it to the library.
-        precision: What the backend computes in, where it can choose: ``fp32`` or ``bf16`` for ``openvino``. None is
-            the graph's own.
+        precision: What the backend computes in, where it can choose: see :data:`PRECISIONS`. None is the graph's
+            own.
 
     Raises:
         BackendUnavailableError: The backend is unknown, not installed, or has not the device or the precision.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from typing import Literal
 
 from runtime.cuda import find_gpu
 from runtime.errors import BackendUnavailableError
+from runtime.onnxruntime_backend import preload_cuda
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ def examine() -> Iterator[Finding]:
     yield _opencv()
     for name in ("torch", "onnx", "onnxscript", "safetensors"):
         yield _package(name, "only export needs it: pip install '.[export]'")
+    for name in ("polygraphy", "onnx-graphsurgeon"):
+        yield _package(name, "only verify --layers needs it: pip install '.[layers]'")
 
 
 def _version(name: str) -> str | None:
@@ -85,7 +89,10 @@ def _try_provider(onnxruntime, name: str, provider: str) -> Finding:  # type: ig
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider])
+        with contextlib.redirect_stdout(sys.stderr):  # ONNX Runtime prints what fails
+            if provider == "CUDAExecutionProvider":
+                preload_cuda(onnxruntime)
+            session = onnxruntime.InferenceSession(_IDENTITY, options, providers=[provider])
     except Exception as error:  # ONNX Runtime raises classes of its own without a common base
         return Finding("problem", f"backend {name}", f"{provider} is listed but fails: {str(error).splitlines()[0]}")
     if provider not in session.get_providers():

@@ -51,11 +51,13 @@ class OpenVinoEngine:
         if threads:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._bundle, self.graph = bundle, graph
-        self.report = EngineReport("openvino", openvino.__version__.split("-")[0], f"{_DEVICE} in {precision}", threads)
+        number = openvino.__version__.split("-")[0]
+        self.report = EngineReport("openvino", number, f"{_DEVICE} in {precision}", threads, precision)
         self._compiled: dict[int, ov.CompiledModel] = {}
-        self._compile(1)
+        self.compiled(1)
 
-    def _compile(self, batch: int) -> ov.CompiledModel:
+    def compiled(self, batch: int) -> ov.CompiledModel:
+        """The graph compiled for a batch, as it is at every call after the first."""
         path = self._bundle.path(self.graph)
         if batch not in self._compiled:
             try:
@@ -71,7 +73,7 @@ class OpenVinoEngine:
 
     def open_stream(self, batch: int = 1) -> OpenVinoBuffers:
         """Allocate the buffers of one stream, in its initial state."""
-        return OpenVinoBuffers(self._compile(batch).create_infer_request(), self._bundle, self.graph, batch)
+        return OpenVinoBuffers(self.compiled(batch).create_infer_request(), self._bundle, self.graph, batch)
 
     def close(self) -> None:
         """Give the compiled graphs back; may be called twice."""

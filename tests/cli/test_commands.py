@@ -102,7 +102,9 @@ def test_inspect_as_json_is_the_manifest(cli, micro_bundle):
 def test_verify_agrees_and_names_every_tensor(cli, micro_bundle):
     out = cli("verify", micro_bundle, "--threads", 1).check().out
     for name in ["class_logits", "mask_logits", "next_prior.keys", "next_prior.queries"]:
-        assert re.search(rf"{re.escape(name)}\s+\d\.\de-\d\d", out), name
+        assert re.search(rf"{re.escape(name)}\s+\d\.\de-\d\d\s+\d+ dB", out), name
+    for name, budget in load_bundle(micro_bundle).manifest.presets.items():
+        assert re.search(rf"{name}\s+{' / '.join(map(str, budget))}\s+\d", out), name
     assert "frames agree within 1e-04 on onnxruntime" in out
 
 
@@ -115,8 +117,55 @@ def test_verify_of_another_model_ends_with_1(cli, micro_bundle, micro_model, tmp
     cli("verify", bundle, "--threads", 1).refused("ExportMismatchError", "frame ", words, code=1)
 
 
+def test_verify_as_json_also_of_another_model(cli, micro_bundle, micro_model, tmp_path):
+    assert json.loads(cli("verify", micro_bundle, "--threads", 1, "--json").check().out)["passed"]
+    weight = micro_model.get_parameter("mask_head.classify.weight").detach().numpy()
+    ended = cli("verify", perturbed(micro_bundle, tmp_path / "other", weight), "--threads", 1, "--json")
+    ended.refused("ExportMismatchError", code=1)
+    assert not json.loads(ended.out)["passed"]
+
+
+@pytest.mark.parametrize("options", [[], ["--dense", "--frame", 0]], ids=["budget", "dense"])
+def test_verify_layer_by_layer(cli, micro_bundle, options):
+    pytest.importorskip("onnx_graphsurgeon", reason="polygraphy needs it: pip install '.[layers]'")
+    out = cli("verify", micro_bundle, "--threads", 1, "--layers", *options).check().out
+    assert re.search(r"0 of \d{3} tensors are below 80 dB, the lowest above", out)
+    assert len(re.findall(r"^node_\S+ +\w+ +\S+ +\d+\.\d dB", out, re.MULTILINE)) == 10
+
+
+def test_acceptance_report_of_the_command_line(cli, own_bundle, tmp_path, monkeypatch):
+    """One backend that is here and one that is not; the others are tried in test_acceptance."""
+    monkeypatch.setattr("runtime.acceptance.BACKENDS", dict.fromkeys(("onnxruntime", "nonsense")))
+    report = tmp_path / "report.json"
+    out = cli("doctor", "--acceptance", own_bundle, "--steps", 1, "--output", report).check().out
+    assert f"passed   {own_bundle} onnxruntime" in out and "keep 0.55: p50" in out
+    assert "not here" in out and "no backend is called 'nonsense'" in out and f"written: {report}" in out
+    assert json.loads(report.read_text())["finished"]
+
+
+def test_acceptance_of_no_bundle_is_refused(cli, tmp_path):
+    cli("doctor", "--acceptance", tmp_path, "--output", tmp_path / "report.json").refused("no bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verify_with_another_tolerance(cli, micro_bundle):
     cli("verify", micro_bundle, "--threads", 1, "--tolerance", 1e-12).refused("allowed 1e-12", code=1)
+
+
+def test_run_warns_until_the_engine_was_verified(cli, own_bundle, clip, tmp_path, caplog):
+    def warning() -> str:
+        caplog.clear()
+        cli("run", own_bundle, "--source", clip, "--threads", 1, "--json-lines", tmp_path / "l.jsonl").check()
+        return caplog.text
+
+    assert warning() == ""  # the export compared it with torch
+    (own_bundle / "verified.json").unlink()
+    for _ in range(2):  # not only the first time
+        assert f"Run once: deploy.py verify {own_bundle} --backend onnxruntime" in warning()
+    cli("verify", own_bundle, "--tolerance", 0.5).check()
+    assert "has not been verified" in warning()  # any engine would have passed
+    cli("verify", own_bundle, "--threads", 2).check()
+    assert warning() == ""
 
 
 def test_profile_as_json(cli, micro_bundle, clip):

@@ -10,8 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = ("torch", "onnx", "onnxscript", "cv2", "scipy", "safetensors", "tensorrt", "tensorrt_rtx", "cuda")
-MODULES = "runtime, runtime.stream, runtime.pipeline, runtime.profiler, runtime.doctor, runtime.reference, "
-MODULES += "runtime.tensorrt_backend, deploy"
+MODULES = (
+    "runtime, runtime.stream, runtime.pipeline, runtime.profiler, runtime.doctor, runtime.reference, "
+    "runtime.acceptance, runtime.verified, runtime.tensorrt_backend, deploy"
+)
 
 
 def run_blocked(code: str, *arguments: object, blocked: tuple[str, ...] = BLOCKED) -> str:

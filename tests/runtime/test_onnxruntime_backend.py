@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from runtime import onnxruntime_backend
 from runtime.backend import load_engine
 from runtime.bundle import load_bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
+from runtime.onnxruntime_backend import OnnxRuntimeBuffers
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -286,3 +291,189 @@ def test_close_may_be_called_twice(micro):
     engine = load_engine(micro)
     engine.close()
     engine.close()
+
+
+# Memory of a device, here the CPU's own under another address: copies where a GPU needs them
+
+
+def device_buffers(engine, micro, batch: int = 1, graph_ids=None) -> OnnxRuntimeBuffers:
+    return OnnxRuntimeBuffers(engine._session, micro, engine.graph, batch, "cpu", graph_ids)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_device_memory_equals_plain_calls_bit_for_bit(micro, micro_engine, drifting_frames, batch):
+    buffers, plain = device_buffers(micro_engine, micro, batch), Plain(micro, micro_engine.graph, batch)
+    assert_same(buffers.state(), plain.state)
+    for image, budget in zip(batches(drifting_frames, batch, len(BUDGETS)), BUDGETS, strict=True):
+        buffers.image[:] = image
+        assert_same(buffers.run(budget), plain.step(image, budget))
+        buffers.commit()
+        assert_same(buffers.state(), plain.state)
+
+
+def test_device_memory_is_no_host_memory(micro, micro_engine):
+    buffers = device_buffers(micro_engine, micro)
+    for name, tensor in buffers._shared.items():
+        assert tensor.data_ptr() != buffers._host[name].ctypes.data, name
+
+
+def test_device_state_may_be_set_and_reset(micro, micro_engine, drifting_frames):
+    buffers, other = device_buffers(micro_engine, micro), micro_engine.open_stream()
+    for each in (buffers, other):
+        each.image[0] = drifting_frames(1)[0]
+        each.run(ALL)
+        each.commit()
+    assert_same(buffers.state(), other.state())
+    buffers.reset()
+    assert_same(buffers.state(), micro_engine.open_stream().state())
+    buffers.set_state(other.state())
+    assert_same(buffers.run(BUDGETS[1]), other.run(BUDGETS[1]))
+
+
+# CUDA graphs: a captured graph has the addresses and token counts that it was captured with
+
+
+class Recording:
+    """A session that notes under which graph every binding ran, and which graphs were given back."""
+
+    def __init__(self, session) -> None:
+        self._session, self.ran, self.released = session, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding, options=None) -> None:
+        self.ran.append((options.get_run_config_entry("gpu_graph_id"), id(binding)))
+        self._session.run_with_iobinding(binding)
+
+    def release_captured_graph(self, graph_id) -> None:
+        self.released.append(graph_id)
+
+
+@pytest.fixture
+def recording(micro_engine):
+    return Recording(micro_engine._session)
+
+
+def capturing_buffers(recording, micro, micro_engine, ids) -> OnnxRuntimeBuffers:
+    return OnnxRuntimeBuffers(recording, micro, micro_engine.graph, 1, "cpu", ids)
+
+
+def test_one_graph_for_each_budget_and_set_of_state(recording, micro, micro_engine, drifting_frames):
+    ids = itertools.count(1)
+    buffers = capturing_buffers(recording, micro, micro_engine, ids)
+    for frame, budget in zip(drifting_frames(7), [ALL, *[BUDGETS[1]] * 4, ALL, ALL], strict=True):
+        buffers.image[0] = frame
+        buffers.run(budget)
+        buffers.commit()
+    assert [graph for graph, _ in recording.ran] == ["1", "2", "3", "2", "3", "4", "1"]
+    assert len(set(recording.ran)) == 4  # always with the binding that it was captured with
+    other = capturing_buffers(recording, micro, micro_engine, ids)
+    other.run(ALL)
+    assert recording.ran[-1][0] == "5"  # streams of one session share no graph: they have other addresses
+
+
+def test_graphs_of_budgets_long_past_are_given_back(recording, micro, micro_engine, monkeypatch):
+    monkeypatch.setattr(onnxruntime_backend, "_MOST_BINDINGS", 2)
+    buffers = capturing_buffers(recording, micro, micro_engine, itertools.count(1))
+    for first in (40, 41, 42, 40):
+        buffers.run((first, 9, 9, 9))
+    assert recording.released == [1, 2] and recording.ran[-1][0] == "4"
+
+
+def test_without_cuda_graphs_nothing_is_captured(micro, micro_engine):
+    assert micro_engine.open_stream()._binding(ALL).options is None
+
+
+# What the CUDA provider is asked for, and what it leaves to the CPU
+
+
+class Assigned:
+    """A part of a graph that a provider was given."""
+
+    def __init__(self, ep_name: str, *op_types: str) -> None:
+        self.ep_name, self._op_types = ep_name, op_types
+
+    def get_nodes(self):
+        return [SimpleNamespace(op_type=name) for name in self._op_types]
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A CUDA provider that loads, and gives these parts of the graph away; returns what it was asked for."""
+    asked = {}
+
+    def make(*parts: Assigned):
+        class OnCuda(ort.InferenceSession):
+            def __init__(self, path, options, providers, **more) -> None:
+                asked["providers"] = providers
+                super().__init__(path, None, providers=["CPUExecutionProvider"])
+
+            def get_providers(self):
+                return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+            def get_provider_graph_assignment_info(self):
+                return parts
+
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        monkeypatch.setattr(ort, "InferenceSession", OnCuda)
+        return asked
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "tf32", "capture"),
+    [
+        ("onnxruntime-cuda", None, "0", "0"),
+        ("onnxruntime-cuda", "fp32", "0", "0"),
+        ("onnxruntime-cuda", "tf32", "1", "0"),
+        ("onnxruntime-cuda-graph", None, "0", "1"),
+    ],
+)
+def test_cuda_computes_in_what_was_asked_for(micro, on_cuda, backend, precision, tf32, capture):
+    """Left to itself it rounds fp32 to tf32."""
+    asked = on_cuda()
+    report = load_engine(micro, backend=backend, precision=precision).report
+    flags = {"use_tf32": tf32, "enable_cuda_graph": capture}
+    assert asked["providers"] == [("CUDAExecutionProvider", flags)]
+    assert (report.provider, report.precision) == ("CUDAExecutionProvider", "tf32" if tf32 == "1" else "fp32")
+
+
+@pytest.mark.parametrize(("backend", "others"), [("onnxruntime", ""), ("onnxruntime-cuda", ", or .* in tf32")])
+def test_precision_that_there_is_not_says_what_there_is(micro, on_cuda, backend, others):
+    on_cuda()
+    with pytest.raises(BackendUnavailableError, match=rf"precision of the graph, fp32{others}, not in bf16"):
+        load_engine(micro, backend=backend, precision="bf16")
+
+
+def test_shapes_on_the_cpu_are_no_fallback(micro, on_cuda, caplog):
+    on_cuda(Assigned("CUDAExecutionProvider", "MatMul"), Assigned("CPUExecutionProvider", "Shape", "Gather", "Concat"))
+    assert load_engine(micro, backend="onnxruntime-cuda").report.provider == "CUDAExecutionProvider"
+    assert caplog.text == ""
+
+
+def test_operators_left_to_the_cpu_are_told(micro, on_cuda, caplog):
+    on_cuda(Assigned("CPUExecutionProvider", "TopK", "Shape"), Assigned("CPUExecutionProvider", "GridSample", "TopK"))
+    report = load_engine(micro, backend="onnxruntime-cuda").report
+    assert report.provider == "CUDAExecutionProvider (1 GridSample, 2 TopK on the CPU)"
+    assert "leaves to the CPU: 1 GridSample, 2 TopK" in caplog.text
+
+
+def test_real_record_of_placement_is_read(micro):
+    """The names that this ONNX Runtime uses for it."""
+    left = onnxruntime_backend._left_to_cpu(load_engine(micro)._session)
+    assert re.search(r"\d+ MatMul", left) and "TopK" in left and "Shape" not in left
+
+
+def test_graph_that_cannot_be_captured_says_what_to_use_instead(micro, on_cuda, monkeypatch):
+    on_cuda()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("This session cannot use the CUDA Graph feature as requested by the user\nmore")
+
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with pytest.raises(
+        BackendError, match=r"cannot capture .*as requested by the user. Use --backend onnxruntime-cuda"
+    ):
+        load_engine(micro, backend="onnxruntime-cuda-graph")
