@@ -162,7 +162,7 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(help="How a range follows from the values: minmax, percentile (99.99) or entropy (int8 alone)."),
-    ] = "percentile",
+    ] = "minmax",
     frames: Annotated[int, typer.Option(min=8, help="Frames of each video, from its start, with the prior carried.")] = 64,
     keep_ratio: Annotated[
         list[float] | None,

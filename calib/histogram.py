@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 BINS = 2048
 LEVELS = 128  # of int8 on one side of zero
+CANDIDATE_STEP = 8  # bins between two ranges that method entropy tries
 
 
 class Histogram:
@@ -84,7 +85,7 @@ def entropy_value(histogram: Histogram) -> float:
     """
     counts = histogram.counts.astype(np.float64)
     used = int(np.flatnonzero(counts)[-1]) + 1
-    candidates = range(min(LEVELS, used), used + 1)
+    candidates = range(used, min(LEVELS, used) - 1, -CANDIDATE_STEP)
     best = min(candidates, key=lambda length: _divergence(counts[:used], length))
     return min(histogram.largest, best * histogram.reach / BINS)
 

@@ -50,7 +50,7 @@ class CalibrationRequest:
     sources: tuple[str, ...] = ()
     budgets: tuple[tuple[int, ...], ...] = ()
     frames: int = 64
-    method: Literal["minmax", "entropy", "percentile"] = "percentile"
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
     table: Path | None = None
     sensitivity: bool = False
     max_error: float | None = None
