@@ -348,7 +348,8 @@ def inspect(
         return
     height, width = manifest.image_size
     rows, columns = manifest.patch_grid
-    _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}, opset {manifest.opset}")
+    rest = "" if manifest.rest_precision in ("fp32", manifest.precision) else f" and {manifest.rest_precision}"
+    _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}{rest}, opset {manifest.opset}")
     _say(f"image {height} x {width} (height x width), {rows} x {columns} = {manifest.patch_count} patches")
     _say(f"classes: {', '.join(manifest.classes)}")
     _say(f"selection: {manifest.origin.selection}")

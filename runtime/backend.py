@@ -95,6 +95,11 @@ def _onnxruntime(provider: str) -> EngineFactory:
             raise BackendUnavailableError(
                 f"ONNX Runtime computes in the precision of the graph, {bundle.manifest.precision}, not in {precision}."
             )
+        if provider == "CPUExecutionProvider" and "bf16" in (bundle.manifest.precision, bundle.manifest.rest_precision):
+            raise BackendUnavailableError(
+                f"{bundle.folder} computes in bf16, which ONNX Runtime has not on CPUs. Take --backend openvino, or a "
+                "GPU."
+            )
         return OnnxRuntimeEngine(bundle, graph, provider=provider, threads=threads)
 
     return load
