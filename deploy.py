@@ -4,6 +4,7 @@
     deploy.py export   checkpoint -> bundle          (needs torch)
     deploy.py build    bundle -> engines for a GPU   (TensorRT, TensorRT-RTX)
     deploy.py run      bundle + video -> objects, overlay video
+    deploy.py calibrate  bundle + video -> bundle in INT8 or FP8
     deploy.py verify   does this machine give the answers of torch?
     deploy.py profile  how many milliseconds, against the dense network
     deploy.py inspect  what is in a bundle
@@ -35,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from runtime.errors import DeployError, EngineMismatchError, TokenBudgetError
 
 if TYPE_CHECKING:
+    from export.calibrated_bundle import Calibrated
     from export.engine import BuiltEngine
     from export.layers import LayerAgreement
     from runtime.acceptance import Trial
@@ -107,6 +109,13 @@ def export(
         ),
     ] = None,
     opset: Annotated[int, typer.Option(min=18, max=22, help="ONNX operator set, 18 to 22.")] = 20,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What the graph computes in: fp32, fp16 or bf16. The last two are for GPUs; what decides "
+            "which tokens are kept stays fp32. For int8 and fp8: calibrate."
+        ),
+    ] = "fp32",
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graph, manifest, reference vectors; checked against torch."""
     try:
@@ -116,6 +125,11 @@ def export(
         raise DeployError(f"export needs {error.name}. Install it: pip install '.[export]'") from error
     if selection not in ("budget", "threshold"):
         raise DeployError(f"--selection is {selection!r}, allowed are budget and threshold.")
+    if precision not in ("fp32", "fp16", "bf16"):
+        raise DeployError(
+            f"--precision is {precision!r}, export takes fp32, fp16 and bf16. "
+            "For int8 and fp8 export in fp32, then: deploy.py calibrate BUNDLE --source VIDEO --precision int8"
+        )
     request = ExportRequest(
         checkpoint=checkpoint,
         output=output,
@@ -126,15 +140,19 @@ def export(
         selection=Selection.NONE if dense else Selection(selection),
         opset=opset,
         baseline=baseline,
+        precision=precision,  # type: ignore[arg-type]
     )
+    found: list[str] = []
     with _progress() as progress:
         task = progress.add_task("export", total=None)
-        parity = export_bundle(request, lambda text: progress.update(task, description=text))
+        parity = export_bundle(request, lambda text: progress.update(task, description=text), found.append)
     for name, result in parity.items():
         _say(
             f"{name}: {len(result.frames)} frames agree with torch within {result.worst:.1e}"
             + (f", {result.near_ties} near-ties" if result.near_ties else "")
         )
+    for line in found:
+        _say(line)
     _say(f"bundle written: {output}")
 
 
@@ -216,6 +234,110 @@ def _print_engines(built: list[BuiltEngine]) -> None:
             _say(f"other precision than asked: {difference}")
     if any(engine.differences for engine in built):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: deploy.py calibrate nano --source street.mp4 --precision int8")
+def calibrate(
+    bundle: BundleArgument,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="Video to calibrate on, of what the device will see; may be given several times."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the linear layers: int8, or fp8 (GPUs of sm89 and later).")
+    ] = "int8",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. Default: BUNDLE-int8 or BUNDLE-fp8.")
+    ] = None,
+    rest: Annotated[
+        str | None,
+        typer.Option(
+            help="What everything else is computed in: fp32, fp16 or bf16. Default: fp32 for int8 (CPUs; take "
+            "fp16 for GPUs), fp16 for fp8."
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="How a range follows from the values: minmax, percentile (99.99) or entropy (int8 alone)."),
+    ] = "minmax",
+    frames: Annotated[
+        int, typer.Option(min=8, help="Frames of each video, from its start, with the prior carried.")
+    ] = 64,
+    keep_ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Budget to calibrate at, in (0, 1]; may be given several times. Default: the bundle's preset."
+        ),
+    ] = None,
+    token_budget: BudgetOption = None,
+    table: Annotated[
+        Path | None, typer.Option(help="A calibration.json of the same network, instead of --source.")
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each layer costs, quantized alone.")
+    ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Leave out the worst layers until the outputs' error (RMS, over that of the output) "
+            "is at most this, e.g. 0.05.",
+        ),
+    ] = None,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Quantize the linear layers of an fp32 bundle, with ranges observed on a stream; writes another bundle."""
+    try:
+        from export.calibrated_bundle import CalibrationRequest, Watcher, calibrate_bundle
+    except ImportError as error:
+        raise DeployError(f"calibrate needs {error.name}. Install it: pip install '.[export]'") from error
+    from runtime.bundle import load_bundle
+
+    if precision not in ("int8", "fp8"):
+        raise DeployError(f"--precision is {precision!r}, calibrate takes int8 and fp8. For fp16 and bf16: export.")
+    rest = rest or ("fp16" if precision == "fp8" else "fp32")
+    if rest not in ("fp32", "fp16", "bf16"):
+        raise DeployError(f"--rest is {rest!r}, allowed are fp32, fp16 and bf16.")
+    rule = load_bundle(bundle).manifest.budget_rule
+    budgets = [rule.for_ratio(ratio) for ratio in keep_ratio or ()]
+    if (counts := _counts(token_budget)) is not None:
+        budgets.append(rule.checked(counts))
+    request = CalibrationRequest(
+        bundle=bundle,
+        output=output or bundle.with_name(f"{bundle.resolve().name}-{precision}"),
+        precision=precision,  # type: ignore[arg-type]
+        rest=rest,  # type: ignore[arg-type]
+        sources=tuple(source or ()),
+        budgets=tuple(budgets),
+        frames=frames,
+        method=method,  # type: ignore[arg-type]
+        table=table,
+        sensitivity=sensitivity,
+        max_error=max_error,
+        threads=threads,
+    )
+    with _progress() as progress:
+        task = progress.add_task("calibrate", total=None)
+        watcher = Watcher(
+            report=lambda text, steps: progress.reset(task, description=text, total=steps or None),
+            step=lambda: progress.advance(task),
+        )
+        result = calibrate_bundle(request, watcher)
+    _print_calibration(result)
+    _say(f"bundle written: {request.output}")
+
+
+def _print_calibration(result: Calibrated) -> None:
+    layers = result.table.layers
+    if any(layer.error is not None for layer in layers.values()):
+        table = _table("layer, worst first", "error alone", "range", "largest seen", "")
+        for name, layer in sorted(layers.items(), key=lambda item: -(item[1].error or 0.0)):
+            error = "" if layer.error is None else f"{100 * layer.error:.2f} %"
+            note = "not quantized" if layer.excluded else ""
+            table.add_row(name, error, f"{layer.range:.3g}", f"{layer.largest:.3g}", note)
+        console.print(table)
+    _say(f"{len(result.table.ranges)} of {len(layers)} linear layers quantized")
+    _say(f"against fp32, {result.samples} frames each from the state of fp32: {result.deviation}")
 
 
 @app.command(epilog="Example: deploy.py run nano --source street.mp4 --output out.mp4 --results out.json")
@@ -391,7 +513,8 @@ def inspect(
         return
     height, width = manifest.image_size
     rows, columns = manifest.patch_grid
-    _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}, opset {manifest.opset}")
+    rest = "" if manifest.rest_precision in ("fp32", manifest.precision) else f" and {manifest.rest_precision}"
+    _say(f"{manifest.origin.model}, {manifest.task}, {manifest.precision}{rest}, opset {manifest.opset}")
     _say(f"image {height} x {width} (height x width), {rows} x {columns} = {manifest.patch_count} patches")
     _say(f"classes: {', '.join(manifest.classes)}")
     _say(f"selection: {manifest.origin.selection}")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 
+from export.bundle_folder import check_replaceable, partial_folder, replace_folder
 from export.check import Parity, check_parity
+from export.lowered_bundle import lower_in_place
 from export.onnx_graph import DEFAULT_OPSET, export_graph, initial_rows, state_name
 from export.reference import FRAMES, synthetic_frames, write_reference
 from models.checkpoints import load_host, weight_hash
@@ -24,7 +21,7 @@ from models.pruned_host import PrunedHost, Selection
 from runtime.backend import load_engine
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
 from runtime.errors import CheckpointError, SinkError
-from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, GraphSpec, Manifest, Origin
+from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, FloatPrecision, GraphSpec, Manifest, Origin
 from runtime.verified import note_verified
 
 PRESET_RATIOS = (0.40, 0.55, 0.70, 1.0)
@@ -39,6 +36,7 @@ class ExportRequest:
         keep_ratio: The preset that is used where nothing else is asked for.
         budget: Token counts of the default preset instead of ``keep_ratio``.
         baseline: Also write the dense network, for ``profile`` to measure against.
+        precision: What the graphs compute in; they are checked in fp32 first.
     """
 
     checkpoint: Path
@@ -51,16 +49,22 @@ class ExportRequest:
     opset: int = DEFAULT_OPSET
     baseline: bool = True
     tolerance: float = 1e-4
+    precision: FloatPrecision = "fp32"
 
 
-def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda text: None) -> dict[str, Parity]:
+def export_bundle(
+    request: ExportRequest,
+    report: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Parity]:
     """Export a checkpoint; the bundle appears whole, checked against torch, or not at all.
 
     Args:
         report: Called with a line before each step.
+        tell: Called with what a comparison in another precision than fp32 found.
 
     Returns:
-        The parity of each budget that was checked.
+        The parity of each budget that was checked, in fp32.
 
     Raises:
         CheckpointError, ImageSizeError, TokenBudgetError: The request cannot be met.
@@ -82,53 +86,17 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     model = model.at_image_size(request.image_size or model.config.image_size)
     presets, default = _presets(model, request)
     target = Path(os.path.realpath(request.output))  # of a link, what it points to
-    _check_replaceable(target)
-    with _partial_folder(target) as folder:
+    check_replaceable(target)
+    with partial_folder(target) as folder:
         try:
             parity = _fill(model, request, folder, presets, default, report)
+            if request.precision != "fp32":
+                report(f"compute in {request.precision}")
+                tell(f"{request.precision}: {lower_in_place(folder, request.precision)}, {FRAMES} frames against torch")
             replace_folder(folder, target)
         except OSError as error:
             raise SinkError(f"{request.output} cannot be written: {error}. Nothing was changed.") from error
     return parity
-
-
-@contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, removed at the end; those of exports that were killed are removed first.
-
-    It is locked as long as this process lives, which tells it from one that was left behind.
-    """
-    prefix = f".{target.name}.partial-"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{prefix}*"):
-            if (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        folder = Path(mkdtemp(prefix=prefix, dir=target.parent))
-    except OSError as error:
-        raise SinkError(f"{target} cannot be written: {error.strerror}. Choose another folder.") from error
-    lock = _lock(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None if another process holds it, or there are no locks here."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _presets(model: PrunedHost, request: ExportRequest) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -244,47 +212,3 @@ def _giga_macs(model: PrunedHost, presets: dict[str, tuple[int, ...]], mode: Sel
     if mode is Selection.NONE:
         return dense
     return {name: round(giga_macs(model, budget), 4) for name, budget in presets.items()} | dense
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put ``source`` in the place of ``target``, which may exist.
-
-    Linux exchanges the two in one step (renameat2 with RENAME_EXCHANGE), so that at every moment one of them is there;
-    the older bundle is then at ``source``. On a file system without that, the older one is moved aside for a moment;
-    a process killed in that moment leaves it as ``.NAME.older-bundle``.
-
-    Raises:
-        SinkError: ``target`` holds something that is no bundle.
-        OSError: The file system refused; ``target`` is what it was.
-    """
-    source.chmod(0o755)  # mkdtemp made it private
-    _check_replaceable(target)
-    aside = target.with_name(f".{target.name}.older-bundle")
-    if not target.exists():
-        source.rename(target)
-    elif not _exchange(source, target):
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-        try:
-            source.rename(target)
-        except OSError:
-            aside.rename(target)
-            raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuse a target that exists and is neither a bundle nor an empty folder."""
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_FILE).is_file()):
-        raise SinkError(f"{target} exists and is no bundle; it was left alone. Choose another folder.")
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):  # another C library, another system
-        return False
-    at_cwd, exchange = -100, 2
-    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0

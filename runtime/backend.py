@@ -95,6 +95,10 @@ def _onnxruntime(bundle: Bundle, graph: GraphSpec, threads: int, precision: str 
     from runtime.onnxruntime_backend import OnnxRuntimeEngine
 
     _check_precision(bundle, precision)
+    if "bf16" in (bundle.manifest.precision, bundle.manifest.rest_precision):
+        raise BackendUnavailableError(
+            f"{bundle.folder} computes in bf16, which ONNX Runtime has not on CPUs. Take --backend openvino, or a GPU."
+        )
     return OnnxRuntimeEngine(bundle, graph, threads=threads)
 
 

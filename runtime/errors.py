@@ -4,6 +4,7 @@
     ├── CheckpointError             a file that is no checkpoint, or whose weights do not fit the model
     ├── ImageSizeError              an image size that the patch grid does not divide
     ├── TokenBudgetError            a token budget that is not 1 <= K <= N, nested, integer
+    ├── CalibrationError            a calibration that cannot be made, or does not fit the model; no table is written
     ├── BundleError                 a bundle that cannot be used
     │   ├── BundleIntegrityError    a file is missing or has changed
     │   └── BundleSchemaError       the manifest is not one this version reads
@@ -42,6 +43,10 @@ class ImageSizeError(DeployError):
 
 class TokenBudgetError(DeployError):
     """A token budget outside 1..N, not nested, or not made of integers."""
+
+
+class CalibrationError(DeployError):
+    """A calibration that cannot be made, or whose table does not fit the model; nothing was written."""
 
 
 class BundleError(DeployError):

@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # inside the bundle, never a path
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FloatPrecision = Literal["fp32", "fp16", "bf16"]
 DType = Literal["uint8", "int64", "bool", "float32", "float16", "bfloat16"]
 
 
@@ -181,6 +182,8 @@ class Manifest(_Strict):
         first_stage, reset_stages: See :class:`runtime.budget.BudgetRule`.
         baseline: The same weights without any selection operator, to measure against.
         giga_macs: Multiply-accumulates of one step with a prior, in 10^9, by preset, and ``dense`` without selection.
+        precision: What the linear layers are computed in.
+        rest_precision: Where ``precision`` is ``int8`` or ``fp8``: what everything else is computed in.
         files: SHA-256 of every other file of the bundle.
     """
 
@@ -203,7 +206,8 @@ class Manifest(_Strict):
     baseline: GraphSpec | None
     giga_macs: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     tracker: AnyTrackerSettings
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    rest_precision: FloatPrecision = "fp32"
     opset: Count
     origin: Origin
     files: dict[FileName, Sha256]

@@ -165,6 +165,7 @@ def evaluate(
     threads: int = 0,
     precision: str | None = None,
     on_frame: Callable[[], None] = lambda: None,
+    on_result: Callable[[FrameResult], None] = lambda result: None,
 ) -> Row:
     """Run all clips at one budget and score what came out.
 
@@ -173,6 +174,7 @@ def evaluate(
         threads: CPU threads of one step; 0 leaves it to the library.
         precision: See :func:`runtime.backend.load_engine`.
         on_frame: Called after each frame, for a progress bar.
+        on_result: Called with each frame's result, in order.
 
     Raises:
         DeployError: The bundle holds no dense graph, or a video cannot be read.
@@ -188,6 +190,7 @@ def evaluate(
         shares.append(manifest.mean_share(result.tokens_kept))
         step_ms.append(result.step_ms)
         on_frame()
+        on_result(result)
 
     for clip in data.clips:
         results += _run_clip(bundle, engine, clip, keep_ratio, data.category_ids, watch)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from export import bundle_writer
-from export.bundle_writer import ExportRequest, export_bundle, replace_folder
+from export import bundle_folder, bundle_writer
+from export.bundle_folder import replace_folder
+from export.bundle_writer import ExportRequest, export_bundle
 from models.pruned_host import Selection
 from runtime.bundle import load_bundle
 from runtime.errors import ExportMismatchError, SinkError
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 REPLACE_FOR_EVER = """
 import sys
 from pathlib import Path
-from export.bundle_writer import replace_folder
+from export.bundle_folder import replace_folder
 print("ready", flush=True)
 while True:
     replace_folder(*map(Path, sys.argv[1:]))
@@ -138,7 +139,7 @@ def test_replacing_has_no_moment_without_a_bundle(micro_bundle, tmp_path):
 
 
 def test_partial_folder_of_a_running_export_is_left_alone(quick_export, tmp_path):
-    with bundle_writer._partial_folder(tmp_path / "bundle") as folder:
+    with bundle_folder.partial_folder(tmp_path / "bundle") as folder:
         (folder / "model.onnx").touch()
         quick_export(tmp_path / "bundle")
         assert left_in(folder) == ["model.onnx"]
@@ -242,14 +243,14 @@ def test_keep_ratio_is_a_preset_of_its_own_name(quick_export, tmp_path):
 @pytest.fixture
 def no_exchange(monkeypatch):
     """A file system that cannot exchange two folders."""
-    monkeypatch.setattr(bundle_writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(bundle_folder, "_exchange", lambda one, other: False)
 
 
 def test_exchange_works_here(micro_bundle, tmp_path):
     one, other = with_opset(micro_bundle, tmp_path / "one", 18), with_opset(micro_bundle, tmp_path / "other", 19)
-    assert bundle_writer._exchange(one, other)
+    assert bundle_folder._exchange(one, other)
     assert (opset(one), opset(other)) == (19, 18)
-    assert not bundle_writer._exchange(one, tmp_path / "nowhere")
+    assert not bundle_folder._exchange(one, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["", "after a kill between two renames"])

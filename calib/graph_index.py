@@ -1,0 +1,56 @@
+"""An ONNX graph that can be asked who makes a tensor, what it holds and which module of the network it is part of."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto
+
+_SCOPES = "pkg.torch.onnx.name_scopes"  # written by torch's exporter: the modules around an operator, outermost first
+_STEP = "model."  # the exported step holds the network under this name
+
+
+class GraphIndex:
+    """What passes ask of a graph.
+
+    Attributes:
+        model: The graph; an index is not updated when it changes.
+        producers: The node that makes each tensor.
+        initializers: The stored tensors by name.
+        fixed: Tensors that do not depend on any input, the stored ones included.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        graph = model.graph
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.fixed = set(self.initializers) | {""}
+        for node in graph.node:
+            if node.input and all(name in self.fixed for name in node.input):
+                self.fixed.update(node.output)
+        typed = onnx.shape_inference.infer_shapes(model)
+        values = (*typed.graph.input, *typed.graph.value_info, *typed.graph.output)
+        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._types |= {name: tensor.data_type for name, tensor in self.initializers.items()}
+
+    def type_of(self, tensor: str) -> int:
+        """``TensorProto.DataType`` of a tensor."""
+        return self._types.get(tensor, TensorProto.UNDEFINED)
+
+
+def module_of(node: NodeProto) -> str:
+    """The innermost module of the network that a node came from, as ``blocks.3.mlp.fc1``; its own name if unknown."""
+    notes = {note.key: note.value for note in node.metadata_props}
+    scopes = [scope.strip(" '\"") for scope in notes.get(_SCOPES, "").strip("[]").split(",")]
+    modules = [scope.removeprefix(_STEP) for scope in scopes if scope.startswith(_STEP)]
+    return modules[-1] if modules else node.name
+
+
+def check_graph(model: ModelProto) -> None:
+    """What every pass does before and after: onnx's checker, and shape inference that finds every contradiction.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: The graph is not valid.
+    """
+    onnx.checker.check_model(model)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)

@@ -1,0 +1,40 @@
+"""Which nodes decide which tokens are kept: they stay fp32 in every precision, and are never quantized."""
+
+from __future__ import annotations
+
+from onnx import NodeProto, TensorProto
+
+from calib.graph_index import GraphIndex
+from runtime.manifest import GraphSpec
+
+_DECIDING = ("TopK", "ArgMax", "NonZero")
+_FOLLOWED = (TensorProto.FLOAT, TensorProto.BOOL)
+
+
+def ranking_nodes(index: GraphIndex, spec: GraphSpec) -> set[str]:
+    """First outputs of the nodes that scores are made of, from the tokens to TopK, ArgMax and NonZero.
+
+    The way back from a score ends, inclusive, at the LayerNormalization with which a predictor reads the tokens, and
+    at a product of two computed tensors, which Map-SM's is. Where it meets a state input, it goes on at the output of
+    the frame before, because Map-SM's scores are the keep logits of that frame.
+    """
+    carried = {pair.input: pair.output for pair in spec.carried}
+    found: set[str] = set()
+    waiting = [node.input[0] for node in index.model.graph.node if node.op_type in _DECIDING]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in carried:
+            waiting.append(carried[tensor] or "")
+        node = index.producers.get(tensor)
+        if node is None or node.output[0] in found or tensor in index.fixed:
+            continue
+        found.add(node.output[0])
+        if not _reads_tokens(node, index):
+            waiting += [name for name in node.input if index.type_of(name) in _FOLLOWED]
+    return found
+
+
+def _reads_tokens(node: NodeProto, index: GraphIndex) -> bool:
+    return node.op_type == "LayerNormalization" or (
+        node.op_type == "MatMul" and not any(name in index.fixed for name in node.input)
+    )
