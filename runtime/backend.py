@@ -20,19 +20,23 @@ from runtime.manifest import GraphSpec
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What a graph really runs on.
+    """What a graph really runs on, and what it takes there.
 
     Attributes:
         backend: Name that ``--backend`` takes.
         version: Version of the library.
         provider: Execution provider or device that all nodes run on.
         threads: CPU threads of one step; 0 leaves it to the library.
+        largest_batch: Streams that are worth stepping together, at most; 1 where one after the other is as fast.
+        budgets: The token budgets that the engine was built for; None: it takes any.
     """
 
     backend: str
     version: str
     provider: str
     threads: int
+    largest_batch: int = 1
+    budgets: tuple[tuple[int, ...], ...] | None = None
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""

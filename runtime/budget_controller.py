@@ -16,6 +16,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 from runtime.budget import BudgetRule
@@ -83,7 +84,7 @@ class BudgetController:
     def __init__(self, budgets: Sequence[Budget], costs: Sequence[float], target_ms: float, start: int = 0) -> None:
         if not (math.isfinite(target_ms) and target_ms > 0):
             raise TokenBudgetError(f"latency target is {target_ms} ms, allowed is a number above 0.")
-        if not budgets or len(budgets) != len(costs) or any(a >= b for a, b in zip(costs, costs[1:], strict=False)):
+        if not budgets or len(budgets) != len(costs) or any(a >= b for a, b in pairwise(costs)):
             raise TokenBudgetError(f"{len(budgets)} budgets with costs {list(costs)}: they have to be of rising cost.")
         self._budgets, self._costs, self._target_ms = list(budgets), list(costs), target_ms
         self._level = start
@@ -161,9 +162,7 @@ class BudgetController:
     def _largest_within(self, latency_ms: float, limit_ms: float, *, power: float, below: int) -> int:
         """The largest level under ``below`` that is expected to take no longer than ``limit_ms``, else 0."""
         own = self._costs[self._level]
-        fitting = (
-            level for level in range(below) if latency_ms * (self._costs[level] / own) ** power <= limit_ms
-        )
+        fitting = (level for level in range(below) if latency_ms * (self._costs[level] / own) ** power <= limit_ms)
         return max(fitting, default=0)
 
     def _fall(self, level: int) -> None:

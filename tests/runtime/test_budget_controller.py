@@ -113,7 +113,7 @@ def test_target_within_reach_is_met_on_95_of_100_frames(machine, generosity, bud
 @settings(max_examples=60, deadline=None)
 @given(machines, st.floats(0.2, 3.0), ladders, starts)
 def test_steady_machine_is_left_alone_in_the_end(machine, reach, budgets, start):
-    """Each budget that fails is tried again after ever longer: at most one change in 200 frames, once it has settled."""
+    """Each budget that fails is tried again after ever longer: one change in 200 frames at most, once settled."""
     run = simulate(machine, reach * machine.p95_ms(budgets[0]), 3000, budgets, start)
     assert run.changes(1000) <= 10
     assert run.controller.count.changes == run.changes()
@@ -189,7 +189,10 @@ def test_budget_comes_back_after_the_load():
     run = simulate(machine, 220.0, 800)
     levels = np.array(run.levels)
     times_s = np.array(run.times_s)
-    before, during = np.median(levels[(times_s > 10) & (times_s < 20)]), np.median(levels[(times_s > 25) & (times_s < 40)])
+    before, during = (
+        np.median(levels[(times_s > 10) & (times_s < 20)]),
+        np.median(levels[(times_s > 25) & (times_s < 40)]),
+    )
     assert during < before
     assert np.median(levels[times_s > 60]) >= before - 1
 
