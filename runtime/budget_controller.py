@@ -18,9 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from typing import TYPE_CHECKING
 
 from runtime.budget import BudgetRule
 from runtime.errors import TokenBudgetError
+
+if TYPE_CHECKING:
+    from runtime.backend import EngineReport
+    from runtime.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -228,3 +233,45 @@ def budget_ladder(rule: BudgetRule, smallest_ratio: float, largest_ratio: float 
     steps = math.floor((largest_ratio - smallest_ratio) / RATIO_STEP + 1e-9)
     ratios = [min(smallest_ratio + step * RATIO_STEP, largest_ratio) for step in range(steps + 1)]
     return list(dict.fromkeys(rule.for_ratio(ratio) for ratio in [*ratios, largest_ratio]))
+
+
+def controller_for(
+    manifest: Manifest,
+    report: EngineReport,
+    target_ms: float,
+    smallest_ratio: float | None = None,
+    largest_ratio: float | None = None,
+) -> BudgetController:
+    """The controller of a model on an engine; it begins at the bundle's default preset.
+
+    Args:
+        manifest: The model's.
+        report: The engine's: between the two ratios it takes any budget, or those that it was built for.
+        target_ms: Latency that 95 of 100 frames have to meet, milliseconds.
+        smallest_ratio: Mean keep ratio that is not gone below; None takes :data:`SMALLEST_RATIO`.
+        largest_ratio: The largest; None takes 1.
+
+    Raises:
+        TokenBudgetError: The target or a ratio is out of range, or the graph or the engine leaves no choice.
+    """
+    if manifest.graph.selection != "budget":
+        raise TokenBudgetError(
+            f"{manifest.graph.file} was exported with selection {manifest.graph.selection!r}, which takes no token "
+            "budget, so no latency target can be held. Export with --selection budget."
+        )
+    rule = manifest.budget_rule
+    smallest = SMALLEST_RATIO if smallest_ratio is None else smallest_ratio
+    budgets = budget_ladder(rule, smallest, 1.0 if largest_ratio is None else largest_ratio)
+    if report.budgets is not None:
+        low, high = manifest.mean_share(budgets[0]), manifest.mean_share(budgets[-1])
+        budgets = [budget for budget in report.budgets if low <= manifest.mean_share(budget) <= high]
+        if not budgets:
+            raise TokenBudgetError(
+                f"none of the budgets that this engine was built for lies within keep ratios {smallest} to "
+                f"{largest_ratio or 1.0}. Build it for one, or move the limits."
+            )
+    costs = {budget: manifest.mean_share(budget) for budget in budgets}
+    rising = sorted({cost: budget for budget, cost in costs.items()}.items())
+    default = manifest.mean_share(manifest.presets[manifest.default_preset])
+    start = sum(cost <= default for cost, _ in rising) - 1
+    return BudgetController([budget for _, budget in rising], [cost for cost, _ in rising], target_ms, max(start, 0))

@@ -82,14 +82,14 @@ class Camera:
         sinks: Open; the run closes them.
         on_result: Called with each result, in order, in the thread that writes the sinks; what it raises ends the
             camera.
-        name: What messages call it.
+        name: What messages call it; one without a name leaves it to the caller to say how it ended.
     """
 
     source: Source
     stream: Stream
     sinks: Sequence[Sink] = ()
     on_result: Callable[[FrameResult], None] | None = None
-    name: str = "the source"
+    name: str = ""
 
 
 def run_stream(
@@ -213,6 +213,7 @@ class _Lane:
             self.end()
         except SourceLostError as error:
             self.summary.lost = error
+            self._say(error)
             self.end()
         except Exception as error:
             self._fail(error)
@@ -225,7 +226,9 @@ class _Lane:
             self._writer.put(prepared.frame, answer)
             return
         self._failures, self.summary.failed_steps = self._failures + 1, self.summary.failed_steps + 1
-        logger.warning("%s, frame %d: %s", self._camera.name, prepared.frame.index, answer)
+        logger.warning(
+            "%sframe %d: %s", f"{self._camera.name}, " * bool(self._camera.name), prepared.frame.index, answer
+        )
         if self._failures == FAILURES_IN_A_ROW:
             self._fail(answer)
 
@@ -245,10 +248,15 @@ class _Lane:
 
     def _fail(self, error: BaseException) -> None:
         self.end(error)
-        if isinstance(error, Exception):
-            self.summary.failed = error
-        else:
+        if not isinstance(error, Exception):
             raise error
+        self.summary.failed = error
+        self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        """The other cameras may go on for long, so the end of one is said when it comes."""
+        if self._camera.name:
+            logger.error("%s has ended: %s", self._camera.name, error)
 
     def _count(self, result: FrameResult) -> None:
         summary = self.summary
