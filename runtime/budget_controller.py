@@ -6,7 +6,7 @@ budget in use, and moves along a ladder of budgets:
 - down at once, and far enough, when three of the last five frames were late (a load started, the clock fell);
 - down by one when four of the last hundred were late by what a smaller budget would mend;
 - up when the frames so far say that a larger budget fits with room to spare; or, after a hundred frames, by one if it
-  just fits. A budget that then fails is not tried again for a while, and for twice as long after each failure.
+  may fit. A budget that then fails is not tried again for a while, and for twice as long after each failure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _LATE_IN_WINDOW = 4  # of them: one less than 95 % allows, which leaves room for
 _RECENT, _LATE_IN_RECENT = 5, 3
 _QUICK_RISE = 20  # frames before a rise with room to spare
 _SPARE = 0.9  # of the target
-_GROWTH = 2.0  # latency grows with at most this power of the cost; measured 1.0 to 1.4, see benchmarks/results
+# Latency grows with some power of the cost: 1.0 to 1.4 measured between keep ratios 0.4 and 1 (benchmarks/results),
+# less where a part of it is fixed. The largest power that is expected keeps a quick rise safe, the smallest a try bold.
+_LARGEST_POWER, _SMALLEST_POWER = 2.0, 0.5
 _SURE = 40  # frames that a median is taken over, and before a target is called out of reach
 _FASTER = 0.75  # a machine whose median falls below this share of what it was has become another one
 _FIRST_WAIT, _LONGEST_WAIT = 200, 1600  # frames before a budget that failed is tried again
@@ -97,6 +99,7 @@ class BudgetController:
         self._usual_ms: float | None = None  # median of the first of them
         self._ceiling = len(self._budgets)  # not to be reached before ``_retry_at``
         self._frame = self._retry_at = 0
+        self._proven = -1  # the level that a rise began at, as long as the new one is on trial
         self._waits: Counter[int] = Counter()  # by level
         self._is_out_of_reach = False
         self.count = TargetCount(target_ms)
@@ -128,10 +131,11 @@ class BudgetController:
         self._latencies.append(latency_ms)
         self._notice_a_faster_machine()
         if (slow_ms := self._shifted_ms()) is not None:
-            self._fall(self._largest_within(slow_ms, self._target_ms * _SPARE, power=1.0, below=self._level))
+            self._fall(self._largest_within(slow_ms, _SPARE * self._target_ms, power=1.0, below=self._level))
         elif self._mendable() >= _LATE_IN_WINDOW:
             self._fall(self._level - 1)
         elif (level := self._level_to_rise_to()) > self._level:
+            self._proven = self._level
             self._enter(level)
         self._warn_once()
 
@@ -158,10 +162,10 @@ class BudgetController:
             return self._level
         limit = len(self._budgets) if self._frame >= self._retry_at else self._ceiling
         p95_ms = percentile_95([latency for latency in self._latencies if latency <= self._mend_limit_ms])
-        quick = self._largest_within(p95_ms, self._target_ms * _SPARE, power=_GROWTH, below=limit)
+        quick = self._largest_within(p95_ms, _SPARE * self._target_ms, power=_LARGEST_POWER, below=limit)
         is_next_worth_a_try = seen == _WINDOW and self._level + 1 < limit
         if quick <= self._level and is_next_worth_a_try:
-            return self._largest_within(p95_ms, self._target_ms, power=1.0, below=self._level + 2)
+            return self._largest_within(p95_ms, self._target_ms, power=_SMALLEST_POWER, below=self._level + 2)
         return quick
 
     def _largest_within(self, latency_ms: float, limit_ms: float, *, power: float, below: int) -> int:
@@ -175,7 +179,9 @@ class BudgetController:
             return
         self._waits[self._level] = min(max(2 * self._waits[self._level], _FIRST_WAIT), _LONGEST_WAIT)
         self._ceiling, self._retry_at = self._level, self._frame + self._waits[self._level]
-        self._enter(level)
+        is_on_trial = len(self._latencies) < _WINDOW
+        self._enter(max(level, self._proven) if is_on_trial else level)
+        self._proven = -1
 
     def _enter(self, level: int) -> None:
         logger.debug("frame %d: budget %s -> %s", self._frame, self.budget, self._budgets[level])
