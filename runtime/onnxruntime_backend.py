@@ -27,6 +27,10 @@ _INSTALL = {
 # this fusion and 3.6 s with it; vpp-eo-tiny takes the same either way.
 _SLOWER = {_CPU: ["SkipLayerNormFusion"]}
 
+# On a CPU a frame of a batch takes as long as one alone (benchmarks/results/cameras-vpp-eo-tiny.json). For GPUs, which
+# one picture of this size does not fill, 8 is not measured.
+_LARGEST_BATCH = {_CPU: 1, _CUDA: 8}
+
 
 class OnnxRuntimeEngine:
     """One graph in one ``InferenceSession``.
@@ -60,7 +64,9 @@ class OnnxRuntimeEngine:
         if provider not in self._session.get_providers():
             raise BackendUnavailableError(f"{provider} is listed but could not be loaded here. {_INSTALL[provider]}")
         self.graph = graph
-        self.report = EngineReport("onnxruntime", ort.__version__, provider, threads)
+        self.report = EngineReport(
+            "onnxruntime", ort.__version__, provider, threads, largest_batch=_LARGEST_BATCH[provider]
+        )
         self._bundle = bundle
 
     def open_stream(self, batch: int = 1) -> OnnxRuntimeBuffers:

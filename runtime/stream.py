@@ -341,12 +341,16 @@ def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: floa
 
 def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:
     """Objects with a mask that is not empty in the source frame."""
-    seen = masks.any(axis=(1, 2))
-    masks = masks[seen]
-    boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
+    edges = [_box(mask) for mask in masks]
+    seen = np.array([box is not None for box in edges], np.bool_)
+    boxes = np.array([box for box in edges if box is not None], np.float32).reshape(-1, 4)
+    masks = masks if seen.all() else masks[seen]  # mostly all are seen, and a copy is as much as the masks are
     return Instances(detections.track_ids[seen], detections.labels[seen], detections.scores[seen], boxes, masks)
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -39,8 +39,9 @@ class StreamGroup:
 
     def __init__(self, streams: Sequence[Stream]) -> None:
         self._streams = streams
-        self._largest = streams[0].engine.report.largest_batch
-        self._batches: dict[int, _Batch] = {}  # by their size
+        engine = streams[0].engine
+        self._largest = min(len(streams), engine.report.largest_batch)
+        self._batches = {size: _Batch(engine.open_stream(size)) for size in range(2, self._largest + 1)}
 
     def infer(self, ready: Mapping[int, PreparedFrame]) -> dict[int, Answer | StepError]:
         """Run one frame of each camera in ``ready`` and carry their priors on.
@@ -103,10 +104,7 @@ class StreamGroup:
 
     def _batch_of(self, cameras: tuple[int, ...]) -> _Batch:
         """The batch of this size, with the state of these cameras in its rows."""
-        size = len(cameras)
-        if size not in self._batches:
-            self._batches[size] = _Batch(self._streams[0].engine.open_stream(size))
-        batch = self._batches[size]
+        batch = self._batches[len(cameras)]
         if batch.owners != cameras:
             for camera in cameras:
                 self._bring_home(camera)
