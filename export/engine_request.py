@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from runtime.bundle import Bundle
 from runtime.cuda import Gpu
-from runtime.engines import Compatibility, EngineInputs, Profile
+from runtime.engines import RESET_SUFFIX, Compatibility, EngineInputs, Profile
 from runtime.errors import BackendError, TokenBudgetError
 from runtime.manifest import GraphSpec, Manifest
 from runtime.tensorrt_library import TensorRt
@@ -102,7 +102,7 @@ def _checked(bundle: Bundle, graph: GraphSpec, request: EngineRequest, library: 
     if not request.batches or min(request.batches) < 1:
         raise BackendError(f"the batch is {list(request.batches)}, allowed are numbers of streams, each at least 1.")
     checked = {name: rule.checked(counts) for name, counts in request.budgets.items()}
-    checked |= {f"{name} reset": rule.at_reset(counts) for name, counts in list(checked.items())}
+    checked |= {f"{name}{RESET_SUFFIX}": rule.at_reset(counts) for name, counts in list(checked.items())}
     if graph.has_budget:
         for name, counts in checked.items():
             _check_top_k(manifest, name, counts[: graph.input("token_budget").shape_for(1)[0]])

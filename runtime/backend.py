@@ -20,7 +20,7 @@ from runtime.manifest import GraphSpec
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What a graph really runs on.
+    """What a graph really runs on, and what it takes there.
 
     Attributes:
         backend: Name that ``--backend`` takes.
@@ -29,6 +29,8 @@ class EngineReport:
         threads: CPU threads of one step; 0 leaves it to the library.
         precision: What it computes in.
         plan_sha256: Hash of the plan file that was loaded; empty where the graph itself is.
+        largest_batch: Streams that are worth stepping together, at most; 1 where one after the other is as fast.
+        budgets: The token budgets that the engine was built for; None: it takes any.
     """
 
     backend: str
@@ -37,6 +39,8 @@ class EngineReport:
     threads: int
     precision: str = "fp32"
     plan_sha256: str = ""
+    largest_batch: int = 1
+    budgets: tuple[tuple[int, ...], ...] | None = None
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""

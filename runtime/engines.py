@@ -19,6 +19,7 @@ from runtime.manifest import Count, FileName, GraphSpec, Sha256
 
 ENGINES_FOLDER = "engines"
 RECORD_VERSION = 1
+RESET_SUFFIX = " reset"  # of the name of a budget of frames without a prior
 OLDEST_PORTABLE = 80  # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest, "Compute Capability": 8.0 and later
 
 Compatibility = Literal["none", "same-compute-capability", "ampere-plus"]
@@ -76,6 +77,22 @@ class EngineInputs(BaseModel):
         """File name without an ending: one engine for each graph, library version and device."""
         device = "-".join((*self.compute_capabilities, *([self.gpu] if self.gpu else []))) or "portable"
         return f"{Path(self.graph).stem}.{self.backend}-{self.library_version}.{_slug(device)}"
+
+    @property
+    def budgets(self) -> tuple[tuple[int, ...], ...] | None:
+        """Budgets of frames with a prior; None for a graph without selection."""
+        found = [
+            profile.token_budget
+            for profile in self.profiles
+            if any(not name.endswith(RESET_SUFFIX) for name in profile.name.split(", "))
+        ]
+        return tuple(dict.fromkeys(budget for budget in found if budget is not None)) or None
+
+    @property
+    def largest_batch(self) -> int:
+        """Streams that may be stepped together: every number up to this was built for."""
+        batches = {profile.batch for profile in self.profiles}
+        return next(count for count in range(len(batches), -1, -1) if batches.issuperset(range(1, count + 1)))
 
     def why_not(self, version: str, gpu: Gpu) -> str | None:
         """Why the engine does not run with this library version on this GPU; None if it does."""

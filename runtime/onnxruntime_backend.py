@@ -37,6 +37,10 @@ _SLOWER = {_CPU: ["SkipLayerNormFusion"]}
 
 _MOST_BINDINGS = 64  # two for each budget; with more, the oldest goes
 
+# On a CPU a frame of a batch takes as long as one alone (benchmarks/results/cameras-vpp-eo-tiny.json). For GPUs, which
+# one picture of this size does not fill, 8 is not measured.
+_LARGEST_BATCH = {_CPU: 1, _CUDA: 8}
+
 
 class OnnxRuntimeEngine:
     """One graph in one ``InferenceSession``.
@@ -86,7 +90,9 @@ class OnnxRuntimeEngine:
             logger.warning("%s leaves to the CPU: %s. Expect it to be slow.", provider, on_cpu)
         where = f"{provider} ({on_cpu} on the CPU)" if on_cpu else provider
         precision = "tf32" if tf32 and bundle.manifest.precision == "fp32" else bundle.manifest.precision
-        self.report = EngineReport("onnxruntime", ort.__version__, where, threads, precision)
+        self.report = EngineReport(
+            "onnxruntime", ort.__version__, where, threads, precision, largest_batch=_LARGEST_BATCH[provider]
+        )
         self._bundle, self._provider = bundle, provider
         self._graph_ids = itertools.count(1) if cuda_graph else None
 

@@ -1,14 +1,14 @@
-"""Source -> stream -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
+"""Sources -> streams -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
 
 The reader's thread also letterboxes the frames of a recording, and the writer's brings masks to the source's size, so
-that the caller's thread does little but run the model.
+that the caller's thread does little but run the model. It goes in rounds: each camera that has a frame ready, and room
+for its answer, takes part; nobody waits for the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections import Counter
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from runtime.errors import DeployError, SourceLostError, StepError
+from runtime.budget_controller import TargetCount
+from runtime.errors import SourceLostError, StepError
 from runtime.memory import return_large_arrays
 from runtime.results import FrameResult
+from runtime.sink_writer import SinkWriter
 from runtime.stream import Answer, PreparedFrame, Stream
-from runtime.video.frame import Frame
+from runtime.stream_group import StreamGroup
 from runtime.video.reader import FrameReader
 from runtime.video.sinks import Sink
 from runtime.video.sources import Source, SourceCounters
@@ -31,23 +33,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAILURES_IN_A_ROW = 10  # steps; then the run ends with the last error
+FAILURES_IN_A_ROW = 10  # steps; then the camera ends with the last error
+_STOP_CHECK_S = 0.2  # a signal handler may set the event, but not wake anybody
 
 
 @dataclass
 class RunSummary:
-    """What a run did.
+    """What a run did with one camera.
 
     Attributes:
         frames: Frames that went through the model and whose results were delivered.
         failed_steps: Frames on which the backend failed.
-        wall_s: From the first frame taken to the last result written.
+        wall_s: From the start to the last result written.
         step_ms: Sum of the time spent in the backend on those frames.
         resets: Frames without a prior, by reason.
         tracks: Different objects seen.
         source: What the source counted.
+        target: How the latency target was held, by all cameras together; None without one.
         interrupted: The user or the system ended the run.
         lost: The source broke off; what was delivered before is written.
+        failed: What else ended the camera; its files are removed.
     """
 
     frames: int = 0
@@ -57,13 +62,34 @@ class RunSummary:
     resets: Counter[str] = field(default_factory=Counter)
     tracks: int = 0
     source: SourceCounters | None = None
+    target: TargetCount | None = None
     interrupted: bool = False
     lost: SourceLostError | None = None
+    failed: Exception | None = None
 
     @property
     def frames_per_second(self) -> float:
         """Frames over the wall time."""
         return self.frames / self.wall_s if self.wall_s else 0.0
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A source with its stream and its sinks.
+
+    Attributes:
+        source: Open; the run closes it.
+        sinks: Open; the run closes them.
+        on_result: Called with each result, in order, in the thread that writes the sinks; what it raises ends the
+            camera.
+        name: What messages call it; one without a name leaves it to the caller to say how it ended.
+    """
+
+    source: Source
+    stream: Stream
+    sinks: Sequence[Sink] = ()
+    on_result: Callable[[FrameResult], None] | None = None
+    name: str = ""
 
 
 def run_stream(
@@ -73,150 +99,170 @@ def run_stream(
     on_result: Callable[[FrameResult], None] | None = None,
     stop: threading.Event | None = None,
 ) -> RunSummary:
-    """Run a source to its end, or until it is interrupted.
+    """Run one source to its end, or until it is interrupted: :func:`run_cameras` with one camera.
 
-    Whatever ends the run, the sinks are closed: normally after an end, an interrupt or a lost source, so that what
+    Raises:
+        DeployError: A sink failed, or the backend failed on many frames in a row. So with errors of ``on_result``.
+    """
+    (summary,) = run_cameras([Camera(source, stream, sinks, on_result)], stop)
+    if summary.failed is not None:
+        raise summary.failed
+    return summary
+
+
+def run_cameras(cameras: Sequence[Camera], stop: threading.Event | None = None) -> list[RunSummary]:
+    """Run several cameras to their ends, or until they are interrupted; one that ends or fails leaves the others alone.
+
+    Whatever ends a camera, its sinks are closed: normally after an end, an interrupt or a lost source, so that what
     was written is complete and readable; as failed after any other error, so that nothing half-written stays.
     The C library's allocator is told to give large arrays back, for the whole process (:mod:`runtime.memory`).
 
     Args:
-        source: Open; closed by this function.
-        stream: Where the frames go.
-        sinks: Open; closed by this function.
-        on_result: Called with each result, in order, in the thread that writes the sinks; what it raises ends the run.
-        stop: Set it, from a signal handler for example, to end the run after the frame at hand.
+        cameras: Their streams are on one engine, and share one controller or have none.
+        stop: Set it, from a signal handler for example, to end the run after the frames at hand.
 
-    Raises:
-        DeployError: A sink failed, or the backend failed on many frames in a row.
+    Returns:
+        What became of each camera; nothing that ended one of them is raised.
     """
-    summary = RunSummary()
     return_large_arrays()
-    started = time.perf_counter()
+    changed = threading.Condition()
     with contextlib.ExitStack() as stack:
-        for sink in sinks:
-            stack.push(_closing(sink))
-        writer = stack.enter_context(SinkWriter(sinks, summary, on_result))
-        # of a live source only the newest frame is run: it is prepared when its turn comes
-        prepare = None if source.live else stream.prepare
-        reader = stack.enter_context(FrameReader(source, prepare=prepare, stop=stop))
-        with stream:
-            try:
-                _pump(reader, stream, writer, summary)
-                summary.interrupted = stop is not None and stop.is_set()
-                writer.finish()
-            except KeyboardInterrupt:
-                summary.interrupted = True
-            except SourceLostError as error:
-                summary.lost = error
-        writer.finish()
-    summary.wall_s = time.perf_counter() - started
-    summary.resets, summary.source = stream.reset_counts, source.counters
-    return summary
-
-
-def _pump(reader: FrameReader[PreparedFrame], stream: Stream, writer: SinkWriter, summary: RunSummary) -> None:
-    failures = 0
-    for item in reader:
-        prepared = item if isinstance(item, PreparedFrame) else stream.prepare(item)
+        lanes = [stack.enter_context(_Lane(camera, changed)) for camera in cameras]
+        for camera in cameras:
+            stack.enter_context(camera.stream)
         try:
-            answer = stream.infer(prepared)
-        except StepError as error:
-            failures, summary.failed_steps = failures + 1, summary.failed_steps + 1
-            logger.warning("frame %d: %s", prepared.frame.index, error)
-            if failures == FAILURES_IN_A_ROW:
-                raise
-            continue
-        failures = 0
-        writer.put(prepared.frame, answer)
+            _run_rounds(lanes, StreamGroup([camera.stream for camera in cameras]), changed, stop or threading.Event())
+        except KeyboardInterrupt:
+            _interrupt(lanes)
+        for lane in lanes:
+            lane.finish()
+    return [lane.summary for lane in lanes]
 
 
-def _closing(sink: Sink) -> Callable[..., None]:
-    """An exit callback that tells the sink whether the run failed."""
+def _run_rounds(
+    lanes: Sequence[_Lane], group: StreamGroup, changed: threading.Condition, stop: threading.Event
+) -> None:
+    while any(lane.is_open for lane in lanes):
+        with changed:
+            changed.wait_for(lambda: any(lane.is_ready for lane in lanes), timeout=_STOP_CHECK_S)
+        if stop.is_set():
+            _interrupt(lanes)
+            return
+        ready = {camera: prepared for camera, lane in enumerate(lanes) if (prepared := lane.take()) is not None}
+        for camera, answer in group.infer(ready).items() if ready else ():
+            lanes[camera].deliver(ready[camera], answer)
 
-    def close(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        sink.close(failed=kind is not None and issubclass(kind, Exception))
 
-    return close
+def _interrupt(lanes: Sequence[_Lane]) -> None:
+    for lane in lanes:
+        if lane.is_open:
+            lane.summary.interrupted = True
+            lane.end()
 
 
-class SinkWriter:
-    """Delivers results in a thread; a full queue makes the caller wait, so that memory stays bounded.
+class _Lane:
+    """One camera on its way through a run: its reader, its writer, and what became of it."""
 
-    Args:
-        sinks: Each gets each result.
-        summary: Counts what was delivered.
-        on_result: Called after the sinks.
-        queue_size: Answers that wait at most.
-    """
-
-    def __init__(
-        self,
-        sinks: Sequence[Sink],
-        summary: RunSummary,
-        on_result: Callable[[FrameResult], None] | None = None,
-        *,
-        queue_size: int = 4,
-    ) -> None:
-        self._sinks, self._summary, self._on_result = sinks, summary, on_result
-        self._queue: queue.Queue[tuple[Frame, Answer] | None] = queue.Queue(queue_size)
-        self._error: BaseException | None = None
-        self._raised = False
-        self._thread = threading.Thread(target=self._write, name="sink-writer", daemon=True)
+    def __init__(self, camera: Camera, changed: threading.Condition) -> None:
+        controller = camera.stream.controller
+        self.summary = RunSummary(
+            resets=camera.stream.reset_counts,
+            source=camera.source.counters,
+            target=None if controller is None else controller.count,
+        )
+        self.is_open = True
+        self._camera = camera
+        self._failures = 0  # steps, in a row
+        self._started_s = time.perf_counter()
+        self._writer = SinkWriter(camera.sinks, self._count, changed)
+        # of a live source only the newest frame is run: it is prepared when its turn comes
+        prepare = None if camera.source.live else camera.stream.prepare
+        self._reader: FrameReader[PreparedFrame] = FrameReader(camera.source, prepare=prepare, changed=changed)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._reader.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.end(error)
+        self._reader.close()
+        self._writer.join()
 
-    def put(self, frame: Frame, answer: Answer) -> None:
-        """Hand over one answer.
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`take` has something to do."""
+        return self.is_open and self._reader.is_ready and self._writer.is_ready
+
+    def take(self) -> PreparedFrame | None:
+        """The next frame if there is one, and room for its answer; the camera's end is noticed here.
 
         Raises:
-            DeployError: A sink has failed; the run has to end. So with whatever ``on_result`` raised.
+            KeyboardInterrupt: ``on_result`` raised it.
         """
-        self._raise_error()
-        self._queue.put((frame, answer))
+        if not self.is_ready:
+            return None
+        if self._writer.error is not None:
+            self._fail(self._writer.error)
+            return None
+        try:
+            item = self._reader.take()
+            return item if isinstance(item, PreparedFrame) else self._camera.stream.prepare(item)
+        except StopIteration:
+            self.end()
+        except SourceLostError as error:
+            self.summary.lost = error
+            self._say(error)
+            self.end()
+        except Exception as error:
+            self._fail(error)
+        return None
+
+    def deliver(self, prepared: PreparedFrame, answer: Answer | StepError) -> None:
+        """Hand an answer to the sinks; a failed step is counted, and too many in a row end the camera."""
+        if isinstance(answer, Answer):
+            self._failures = 0
+            self._writer.put(prepared.frame, answer)
+            return
+        self._failures, self.summary.failed_steps = self._failures + 1, self.summary.failed_steps + 1
+        logger.warning(
+            "%sframe %d: %s", f"{self._camera.name}, " * bool(self._camera.name), prepared.frame.index, answer
+        )
+        if self._failures == FAILURES_IN_A_ROW:
+            self._fail(answer)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Read no more, and let the writer finish; waits for neither."""
+        self.is_open = False
+        self._reader.stop()
+        self._writer.end(error)
 
     def finish(self) -> None:
-        """Wait until everything is delivered.
+        """Wait for the writer, whose error is the camera's."""
+        self._writer.join()
+        if isinstance(self._writer.error, KeyboardInterrupt):
+            self.summary.interrupted = True
+        elif isinstance(self._writer.error, Exception):
+            self.summary.failed = self._writer.error
 
-        Raises:
-            DeployError: As :meth:`put`; an error is raised once.
-        """
-        self._stop()
-        self._raise_error()
-
-    def _stop(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def _raise_error(self) -> None:
-        if (error := self._error) is not None and not self._raised:
-            self._raised = True
+    def _fail(self, error: BaseException) -> None:
+        self.end(error)
+        if not isinstance(error, Exception):
             raise error
+        self.summary.failed = error
+        self._say(error)
 
-    def _write(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep taking, so that nobody waits for room in the queue
-            try:
-                self._deliver(*item)
-            except BaseException as error:  # the caller's thread raises it
-                if not isinstance(error, (DeployError, KeyboardInterrupt)):
-                    logger.exception("a result could not be delivered")
-                self._error = error
+    def _say(self, error: Exception) -> None:
+        """The other cameras may go on for long, so the end of one is said when it comes."""
+        if self._camera.name:
+            logger.error("%s has ended: %s", self._camera.name, error)
 
-    def _deliver(self, frame: Frame, answer: Answer) -> None:
-        result, summary = answer.result(), self._summary
-        for sink in self._sinks:
-            sink.write(frame, result)
+    def _count(self, result: FrameResult) -> None:
+        summary = self.summary
         summary.frames += 1
         summary.step_ms += result.step_ms
         summary.tracks = max([summary.tracks, *result.instances.track_ids.tolist()])  # ids count up
-        if self._on_result is not None:
-            self._on_result(result)
+        summary.wall_s = time.perf_counter() - self._started_s
+        if self._camera.on_result is not None:
+            self._camera.on_result(result)

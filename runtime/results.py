@@ -50,6 +50,10 @@ class FrameResult:
         reset_reason: Why this frame ran without a prior (``"first frame"``, ``"scene cut"``, ...), else None.
         preprocess_ms: Time for letterboxing and the scene-cut check, milliseconds.
         step_ms: Time in the backend, milliseconds.
+        latency_ms: From the picture to its objects, milliseconds: letterboxing, the wait for other cameras of the same
+            round, the step, the tracks. Without masks at the source's size, drawing and writing, which overlap with the
+            next frame.
+        missed_target: Whether that was more than the latency target; None without a target.
     """
 
     frame_index: int
@@ -60,3 +64,5 @@ class FrameResult:
     reset_reason: str | None
     step_ms: float
     preprocess_ms: float = 0.0
+    latency_ms: float = 0.0
+    missed_target: bool | None = None

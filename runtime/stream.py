@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import Engine, StreamBuffers
+from runtime.budget_controller import BudgetController
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
 from runtime.manifest import Manifest, TrackerSettings
@@ -67,11 +68,30 @@ class Answer:
         return replace(self.header, instances=_instances(self.detections, masks))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A frame whose turn has come, before it runs.
+
+    Attributes:
+        reset_reason: Why it runs without a prior; None if it has one.
+        budget: Tokens kept at each stage.
+        started_s: When it was taken up, seconds of ``time.perf_counter``; what it waits for after that is latency.
+        preprocess_ms: Letterboxing and the check for a cut.
+    """
+
+    prepared: PreparedFrame
+    reset_reason: str | None
+    budget: tuple[int, ...]
+    started_s: float
+    preprocess_ms: float
+
+
 class Stream:
     """One camera on an engine; several streams share one engine, each with its own state.
 
     :meth:`step` is all that most programs need. It is :meth:`prepare`, :meth:`infer` and :meth:`Answer.result` one
-    after the other, which a pipeline calls in threads of their own.
+    after the other, which a pipeline calls in threads of their own. :class:`runtime.stream_group.StreamGroup` steps
+    several streams together.
 
     >>> with Stream(bundle, load_engine(bundle)) as stream:  # doctest: +SKIP
     ...     for frame in frames:
@@ -82,6 +102,7 @@ class Stream:
         engine: Stays open when the stream is closed.
         budget: Tokens kept at each stage; None takes the bundle's default preset.
         keep_ratio: Instead of ``budget``: mean share of tokens over all blocks, in (0, 1].
+        controller: Instead of both: chooses the budget of each frame; streams of one engine may share it.
         resets: When to drop the prior.
 
     Raises:
@@ -95,13 +116,12 @@ class Stream:
         *,
         budget: Sequence[int] | None = None,
         keep_ratio: float | None = None,
+        controller: BudgetController | None = None,
         resets: ResetSettings | None = None,
     ) -> None:
         manifest = bundle.manifest
-        self.bundle, self.engine = bundle, engine
-        self.budget = choose_budget(bundle, budget, keep_ratio)
-        self._reset_budget = manifest.budget_rule.at_reset(self.budget)
-        self._reset_settings = resets
+        self.bundle, self.engine, self.controller = bundle, engine, controller
+        self._budget = choose_budget(bundle, budget, keep_ratio)
         self._buffers: StreamBuffers | None = None
         self._letterbox: Letterbox | None = None  # of the last frame prepared
         self._last_letterbox: Letterbox | None = None  # of the last frame run
@@ -118,6 +138,18 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def budget(self) -> tuple[int, ...]:
+        """Tokens that the next frame keeps at each stage if it has a prior."""
+        return self._budget if self.controller is None else self.controller.budget
+
+    @property
+    def buffers(self) -> StreamBuffers:
+        """The stream's own memory, with its state; allocated on first use."""
+        self.open()
+        assert self._buffers is not None
+        return self._buffers
 
     def open(self) -> None:
         """Allocate all buffers; does nothing if the stream is open. One that was closed starts without a prior."""
@@ -172,25 +204,73 @@ class Stream:
         Raises:
             StepError: The backend failed; the prior is dropped, the next frame runs without one.
         """
+        turn = self.begin(prepared, time.perf_counter())
+        answer = self.run_alone(turn)
+        if self.controller is not None and turn.reset_reason is None:
+            self.controller.record(answer.header.latency_ms)
+        return answer
+
+    def begin(self, prepared: PreparedFrame, started_s: float) -> Turn:
+        """Decide whether a frame may use the prior, which is dropped from :attr:`buffers` if not."""
         self.open()
-        assert self._buffers is not None
-        frame, started = prepared.frame, time.perf_counter()
+        frame, began_s = prepared.frame, time.perf_counter()
         if self._last_letterbox not in (None, prepared.letterbox):
             self._detector.note(RESOLUTION_CHANGE)
         self._last_letterbox = prepared.letterbox
         content = _content(prepared.image, prepared.letterbox)
         reason = self._detector.check(content, frame.timestamp_s, frame.discontinuity)
+        budget = self.budget
         if reason is not None:
             self._drop_prior(reason)
-        self._buffers.image[0] = prepared.image
-        budget = self.budget if reason is None else self._reset_budget
-        preprocess_ms = prepared.preprocess_ms + (time.perf_counter() - started) * 1e3
-        started = time.perf_counter()
-        outputs = self._run(self._buffers, budget)
-        step_ms = (time.perf_counter() - started) * 1e3
-        answer = self._answer(prepared, outputs, reason, step_ms, preprocess_ms)
-        self._frames += 1
+            budget = self.bundle.manifest.budget_rule.at_reset(budget)
+        preprocess_ms = prepared.preprocess_ms + (time.perf_counter() - began_s) * 1e3
+        return Turn(prepared, reason, budget, started_s, preprocess_ms)
+
+    def run_alone(self, turn: Turn) -> Answer:
+        """Run a frame in the stream's own buffers, which hold its state.
+
+        Raises:
+            StepError: As :meth:`infer`.
+        """
+        buffers, started = self.buffers, time.perf_counter()
+        buffers.image[0] = turn.prepared.image
+        try:
+            outputs = buffers.run(turn.budget if self.engine.graph.has_budget else None)
+        except StepError:
+            self.fail()
+            raise
+        if bool(outputs["state_ok"][0]):
+            buffers.commit()
+        answer = self.finish(turn, outputs, (time.perf_counter() - started) * 1e3)
+        if written := self.written_state():
+            buffers.set_state(written)
         return answer
+
+    def fail(self) -> None:
+        """A frame was lost to the backend: the next one runs without a prior."""
+        self._detector.note(FAILED_STEP)
+        self._frames += 1
+
+    def finish(self, turn: Turn, outputs: Mapping[str, NDArray[np.generic]], step_ms: float) -> Answer:
+        """Make the answer of what the graph gave for this frame, and count it.
+
+        Args:
+            outputs: By name, one row each.
+            step_ms: Time in the backend, milliseconds.
+        """
+        if not bool(outputs["state_ok"][0]):
+            self._detector.note(NON_FINITE_STATE)
+        class_logits = np.asarray(outputs["class_logits"][0], np.float32)
+        mask_logits = np.asarray(outputs["mask_logits"][0], np.float32)
+        queries = np.asarray(outputs["queries"][0], np.float32) if "queries" in outputs else None
+        detections = self._tracker.update(class_logits, mask_logits, queries)
+        header = self._header(turn, outputs, step_ms)
+        self._frames += 1
+        return Answer(detections, mask_logits[detections.queries], turn.prepared.letterbox, header)
+
+    def written_state(self) -> dict[str, NDArray[np.generic]]:
+        """State that the tracker leaves to the next frame, by input name, one row each; mostly none."""
+        return self._tracker.next_state()
 
     def _as_frame(self, frame: NDArray[np.uint8] | Frame, timestamp_s: float | None) -> Frame:
         if isinstance(frame, Frame):
@@ -199,50 +279,27 @@ class Stream:
         return Frame(frame, self._frames, time.monotonic() if timestamp_s is None else timestamp_s)
 
     def _drop_prior(self, reason: str) -> None:
-        assert self._buffers is not None
-        self._buffers.reset()
+        self.buffers.reset()
         self._tracker.reset()
         self.reset_counts[reason] += 1
         logger.info("frame %d runs without a prior: %s", self._frames, reason)
 
-    def _run(self, buffers: StreamBuffers, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
-        try:
-            outputs = buffers.run(budget if self.engine.graph.has_budget else None)
-        except StepError:
-            self._detector.note(FAILED_STEP)
-            self._frames += 1
-            raise
-        if bool(outputs["state_ok"][0]):
-            buffers.commit()
-        else:
-            self._detector.note(NON_FINITE_STATE)
-        return dict(outputs)
-
-    def _answer(
-        self,
-        prepared: PreparedFrame,
-        outputs: dict[str, NDArray[np.generic]],
-        reason: str | None,
-        step_ms: float,
-        preprocess_ms: float,
-    ) -> Answer:
-        class_logits = np.asarray(outputs["class_logits"][0], np.float32)
-        mask_logits = np.asarray(outputs["mask_logits"][0], np.float32)
-        queries = np.asarray(outputs["queries"][0], np.float32) if "queries" in outputs else None
-        detections = self._tracker.update(class_logits, mask_logits, queries)
-        if (written := self._tracker.next_state()) and self._buffers is not None:
-            self._buffers.set_state(written)
-        header = FrameResult(
+    def _header(self, turn: Turn, outputs: Mapping[str, NDArray[np.generic]], step_ms: float) -> FrameResult:
+        prepared, controller = turn.prepared, self.controller
+        latency_ms = prepared.preprocess_ms + (time.perf_counter() - turn.started_s) * 1e3
+        budget = turn.budget if turn.reset_reason is None else None
+        return FrameResult(
             frame_index=prepared.frame.index,
             timestamp_s=prepared.frame.timestamp_s,
             instances=Instances.none(prepared.frame.height, prepared.frame.width),
             kept_stages=np.array(outputs["kept_stages"][0], np.int64).reshape(self.bundle.manifest.patch_grid),
             tokens_kept=np.array(outputs["tokens_kept"][0], np.int64),
-            reset_reason=reason,
+            reset_reason=turn.reset_reason,
             step_ms=step_ms,
-            preprocess_ms=preprocess_ms,
+            preprocess_ms=turn.preprocess_ms,
+            latency_ms=latency_ms,
+            missed_target=None if controller is None else controller.tally(latency_ms, budget),
         )
-        return Answer(detections, mask_logits[detections.queries], prepared.letterbox, header)
 
 
 def make_tracker(manifest: Manifest) -> ObjectTracker:
@@ -284,12 +341,16 @@ def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: floa
 
 def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:
     """Objects with a mask that is not empty in the source frame."""
-    seen = masks.any(axis=(1, 2))
-    masks = masks[seen]
-    boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
+    edges = [_box(mask) for mask in masks]
+    seen = np.array([box is not None for box in edges], np.bool_)
+    boxes = np.array([box for box in edges if box is not None], np.float32).reshape(-1, 4)
+    masks = masks if seen.all() else masks[seen]  # mostly all are seen, and a copy is as much as the masks are
     return Instances(detections.track_ids[seen], detections.labels[seen], detections.scores[seen], boxes, masks)
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

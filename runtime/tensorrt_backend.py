@@ -48,13 +48,16 @@ class TensorRtEngine:
         _check_tensors(self._library, self._engine, graph, plan)
         self._bundle, self.graph = bundle, graph
         self._open: weakref.WeakSet[TensorRtBuffers] = weakref.WeakSet()
-        self.report = EngineReport(backend, self._library.version, f"{gpu}, {self.record.precision}", 0)
-
-    @property
-    def budgets(self) -> tuple[tuple[int, ...], ...]:
-        """The token budgets that the engine was built for, those of frames without a prior among them."""
-        found = (profile.token_budget for profile in self.record.profiles)
-        return tuple(dict.fromkeys(budget for budget in found if budget is not None))
+        self.report = EngineReport(
+            backend,
+            self._library.version,
+            str(gpu),
+            0,
+            self.record.precision,
+            self.record.plan_sha256,
+            self.record.largest_batch,
+            self.record.budgets,
+        )
 
     def open_stream(self, batch: int = 1) -> TensorRtBuffers:
         """Allocate the buffers of one stream, in its initial state.

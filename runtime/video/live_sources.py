@@ -72,13 +72,16 @@ class LiveSource(BaseSource):
         connect: Makes a connection; its first error is raised from here, later ones are retried.
         name: What messages call the source.
         options: Delays and number of attempts.
+        patient: Leave the first connection to the reading thread, where it too is tried again and again.
     """
 
     live = True
 
-    def __init__(self, connect: Callable[[], Connection], name: str, options: LiveOptions) -> None:
-        self._connection = connect()
-        super().__init__(self._connection.frame_rate, None)
+    def __init__(
+        self, connect: Callable[[], Connection], name: str, options: LiveOptions, *, patient: bool = False
+    ) -> None:
+        self._connection = None if patient else connect()
+        super().__init__(self._connection.frame_rate if self._connection else None, None)
         self._connect = connect
         self._name = name
         self._options = options
@@ -87,22 +90,33 @@ class LiveSource(BaseSource):
         self._logged: set[str] = set()
 
     def _generate(self) -> Generator[Frame, None, None]:
-        yield from self._deliver(None)
-        while self._reconnect(self._connection.missing() or "the stream ended"):
+        connection = self._connection or self._connect_first()
+        discontinuity = None
+        while connection is not None:
+            yield from self._deliver(connection, discontinuity)
+            cause = connection.missing() or "the stream ended"
+            connection.close()
+            connection, discontinuity = self._connect_again(cause), "reconnect"
+            self.counters.reconnects += connection is not None
             self._timeline.resume_after(time.monotonic() - self._last_frame_s)
-            yield from self._deliver("reconnect")
 
-    def _deliver(self, discontinuity: str | None) -> Generator[Frame, None, None]:
-        """The frames of the present connection; the first one carries ``discontinuity``."""
-        for picture, time_s in self._connection.pictures(self._count_decode_error):
+    def _deliver(self, connection: Connection, discontinuity: str | None) -> Generator[Frame, None, None]:
+        """The frames of one connection; the first one carries ``discontinuity``."""
+        for picture, time_s in connection.pictures(self._count_decode_error):
             self._attempts = 0
             self._last_frame_s = time.monotonic()
             yield self._frame(picture, time_s, discontinuity)
             discontinuity = None
 
-    def _reconnect(self, cause: str) -> bool:
-        """Connect again, however often it takes; False if the source was closed meanwhile."""
-        self._connection.close()
+    def _connect_first(self) -> Connection | None:
+        try:
+            self._connection = self._connect()
+        except SourceError as error:
+            return self._connect_again(self._cause(error))
+        return self._connection
+
+    def _connect_again(self, cause: str) -> Connection | None:
+        """A new connection, however often it takes; None if the source was closed meanwhile."""
         while not self._closing.is_set():
             self._log_once(cause)
             if self._attempts == self._options.max_retries:
@@ -115,16 +129,19 @@ class LiveSource(BaseSource):
             try:
                 self._connection = self._connect()
             except SourceError as error:
-                cause = str(error).removeprefix(f"{self._name}: ")
+                cause = self._cause(error)
             else:
-                self.counters.reconnects += 1
-                return True
-        return False
+                return self._connection
+        return None
+
+    def _cause(self, error: SourceError) -> str:
+        return str(error).removeprefix(f"{self._name}: ")
 
     def _log_once(self, cause: str) -> None:
         level = logging.DEBUG if cause in self._logged else logging.WARNING
         self._logged.add(cause)
-        logger.log(level, "%s: lost, connecting again: %s", self._name, cause)
+        logger.log(level, "%s: no connection, trying again: %s", self._name, cause)
 
     def _release(self) -> None:
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()

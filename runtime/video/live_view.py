@@ -122,13 +122,19 @@ class BrowserSink(SinkContext):
             self._server.server_close()
 
 
-def open_live_view(classes: Sequence[str], *, port: int = 8080, patch_size: int = 16) -> Sink:
+def open_live_view(classes: Sequence[str], *, port: int = 8080, patch_size: int = 16, windows: bool = True) -> Sink:
     """A window if there is a display and an OpenCV that can open one, else a page for the browser.
+
+    Args:
+        classes: Names that the labels index.
+        port: Of the page, see :class:`BrowserSink`.
+        patch_size: Pixels of the model's input along one patch.
+        windows: False asks for the page at once: OpenCV's windows do not take several threads.
 
     Raises:
         SinkError: There is no window to be had, and the port is taken.
     """
-    if _has_display():
+    if windows and _has_display():
         try:
             return WindowSink(classes, patch_size=patch_size)
         except BackendUnavailableError as error:

@@ -39,6 +39,7 @@ class FrameReader(Generic[T]):
             Not for live sources, whose frames may be dropped.
         queue_size: Frames that wait at most, each a decoded picture in memory; for sources that are not live.
         stop: Once it is set the iteration ends; a signal handler may set it, which may not take a lock.
+        changed: Notified when a frame or the end has come; several readers may share one, for who waits for any.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class FrameReader(Generic[T]):
         prepare: Callable[[Frame], T] | None = None,
         queue_size: int = 4,
         stop: threading.Event | None = None,
+        changed: threading.Condition | None = None,
     ) -> None:
         self.source = source
         self._prepare = prepare
         self._stop = stop or threading.Event()
         self._capacity = max(1, queue_size)
         self._frames: deque[Frame | T] = deque()
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._error: BaseException | None = None
         self._ended = False
         self._closing = False
@@ -80,8 +82,18 @@ class FrameReader(Generic[T]):
             DeployError: What the source raised, once.
         """
         with self._changed:
-            while not self._changed.wait_for(self._can_go_on, timeout=_STOP_CHECK_S) and not self._stop.is_set():
+            while not self._changed.wait_for(lambda: self.is_ready, timeout=_STOP_CHECK_S) and not self._stop.is_set():
                 pass
+            return self.take()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`take` has an answer."""
+        return bool(self._frames) or self._ended or self._closing
+
+    def take(self) -> Frame | T:
+        """The next frame, which is there; raises as :meth:`__next__`."""
+        with self._changed:
             if self._closing or self._stop.is_set():
                 raise StopIteration
             if not self._frames:
@@ -90,19 +102,20 @@ class FrameReader(Generic[T]):
             self._changed.notify_all()
             return self._frames.popleft()
 
-    def _can_go_on(self) -> bool:
-        return bool(self._frames) or self._ended or self._closing
-
-    def close(self) -> None:
-        """Stop reading and close the source; may be called twice, and from any thread.
-
-        A thread that waits for a silent camera cannot be woken: it is left to end by itself, at the latest after the
-        source's time limit, and closes the source then.
-        """
+    def stop(self) -> None:
+        """Read no more and close the source, without waiting for the thread; may be called twice, from any thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self.source.close()
+
+    def close(self) -> None:
+        """Stop, and wait a moment for the thread.
+
+        A thread that waits for a silent camera cannot be woken: it is left to end by itself, at the latest after the
+        source's time limit, and closes the source then.
+        """
+        self.stop()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_TIMEOUT_S)
 

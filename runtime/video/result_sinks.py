@@ -30,9 +30,10 @@ _SCHEMA = """
 class JsonLinesSink(FileSink):
     """One JSON object per frame and line, written out as soon as the frame is done.
 
-    Keys: ``frame_index``, ``timestamp_s``, ``reset_reason`` (null if there was a prior), ``step_ms``, ``tokens_kept``,
-    and ``objects``, each with ``track_id``, ``label``, ``class``, ``score``, ``box`` (x1, y1, x2, y2 in source pixels)
-    and ``mask`` (COCO run-length encoding: ``size`` as [height, width], and ``counts``).
+    Keys: ``frame_index``, ``timestamp_s``, ``reset_reason`` (null if there was a prior), ``step_ms``, ``latency_ms``,
+    ``missed_target`` (null without a latency target), ``tokens_kept``, and ``objects``, each with ``track_id``,
+    ``label``, ``class``, ``score``, ``box`` (x1, y1, x2, y2 in source pixels) and ``mask`` (COCO run-length encoding:
+    ``size`` as [height, width], and ``counts``).
 
     Args:
         path: The file to make.
@@ -52,6 +53,8 @@ class JsonLinesSink(FileSink):
             "timestamp_s": round(result.timestamp_s, 6),
             "reset_reason": result.reset_reason,
             "step_ms": round(result.step_ms, 3),
+            "latency_ms": round(result.latency_ms, 3),
+            "missed_target": result.missed_target,
             "tokens_kept": result.tokens_kept.tolist(),
             "objects": [_object(result.instances, index, self._classes) for index in range(len(result.instances))],
         }

@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+_LIVE_ONLY = ("rtsp", "rtmp", "udp:", "rtp:", "srt:")
+
+
 def open_source(
     spec: str | int | os.PathLike[str],
     *,
@@ -32,6 +35,7 @@ def open_source(
     frame_rate: float | None = None,
     camera_size: tuple[int, int] | None = None,
     options: LiveOptions | None = None,
+    patient: bool = False,
 ) -> Source:
     """Open what ``spec`` names.
 
@@ -50,6 +54,8 @@ def open_source(
         frame_rate: Frames per second: of an image folder (default 30), or to ask a camera for.
         camera_size: Height and width to ask a camera for.
         options: Time limits and attempts of live sources.
+        patient: Take a live network stream that does not answer yet, and connect to it as to one that was lost: for
+            one camera of several. What may be a recording, and devices of this machine, have to be there.
 
     Raises:
         SourceNotFoundError: There is nothing.
@@ -68,7 +74,7 @@ def open_source(
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     if "://" in text:
-        return _stream(text, live, options)
+        return _stream(text, live, options, patient)
     return recording_from_path(Path(text), live=bool(live), frame_rate=frame_rate)
 
 
@@ -90,11 +96,13 @@ def _device(path: str, size: tuple[int, int] | None, frame_rate: float | None, o
     return LiveSource(connect, path, options)
 
 
-def _stream(url: str, live: bool | None, options: LiveOptions) -> BaseSource:
+def _stream(url: str, live: bool | None, options: LiveOptions, patient: bool) -> BaseSource:
     name = without_credentials(url)
     asked = {"rtsp_transport": options.rtsp_transport} if url.startswith("rtsp") else {}
     limits = options.open_timeout_s, options.read_timeout_s
     connect = partial(Decoder, url, name, options=asked, timeouts_s=limits, low_delay=live)
+    if patient and (live or (live is None and url.startswith(_LIVE_ONLY))):
+        return LiveSource(connect, name, options, patient=True)
     first = connect()
     if live is False or (live is None and first.duration_s is not None):
         return RecordingSource(first)

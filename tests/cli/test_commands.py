@@ -46,7 +46,7 @@ def perturbed(bundle: Path, copy: Path, weight: np.ndarray) -> Path:
 
 def lines_of(path: Path) -> list[dict]:
     """JSON Lines without the times that were measured."""
-    return [{**json.loads(line), "step_ms": 0} for line in path.read_text().splitlines()]
+    return [{**json.loads(line), "step_ms": 0, "latency_ms": 0} for line in path.read_text().splitlines()]
 
 
 def pictures(path: Path) -> list[np.ndarray]:
