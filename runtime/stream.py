@@ -129,6 +129,11 @@ class Stream:
         """Give the buffers back; may be called twice."""
         self._buffers = None
 
+    @property
+    def buffers(self) -> StreamBuffers | None:
+        """The memory of this stream while it is open."""
+        return self._buffers
+
     def reset(self, reason: str = "reset by caller") -> None:
         """Forget the past: the next frame runs as the first frame of a new stream, and track ids go on."""
         self._detector.note(reason)

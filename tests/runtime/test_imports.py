@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = ("torch", "onnx", "onnxscript", "cv2", "scipy", "safetensors", "tensorrt", "tensorrt_rtx")
-MODULES = "runtime, runtime.stream, runtime.pipeline, runtime.profiler, runtime.doctor, runtime.reference, deploy"
+MODULES = (
+    "runtime, runtime.stream, runtime.pipeline, runtime.profiling.profile, runtime.profiling.report, runtime.doctor, "
+    "runtime.reference, deploy"
+)
 
 
 def run_blocked(code: str, *arguments: object, blocked: tuple[str, ...] = BLOCKED) -> str:
