@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from runtime.bundle import Bundle
     from runtime.manifest import Manifest
     from runtime.pipeline import RunSummary
-    from runtime.profiler import Profile
     from runtime.reference import Verification
     from runtime.results import FrameResult
     from runtime.video.sinks import Sink
@@ -655,49 +654,67 @@ def _print_built(bundle: Bundle) -> None:
         console.print(table)
 
 
-@app.command(epilog="Example: deploy.py profile nano --threads 2 --json")
+@app.command(epilog="Example: deploy.py profile nano --threads 2 --report report.html")
 def profile(
     bundle: BundleArgument,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
     precision: PrecisionOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps per row.")] = 30,
-    warm_up: Annotated[int, typer.Option(min=0, help="Steps per row before that.")] = 5,
-    source: Annotated[
-        str | None, typer.Option(help="Video for the parts of the pipeline; default: a 720p picture in memory.")
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="Steps per row before that. Default: until the times are stable.")
     ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures of one step; give it again for more rows. Default: 1.")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="Also time each layer, in a run of its own, by part.")
+    ] = True,
+    source: Annotated[
+        str | None, typer.Option(help="Video for the stages of the pipeline; default: a 720p picture in memory.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Page with plots to write (.html), complete in one file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Measure the step at every preset against the dense network, and the parts of the pipeline."""
+    """Measure every preset against the dense network: latency, stages of the pipeline, parts of the network."""
     from runtime.bundle import load_bundle
-    from runtime.profiler import profile_bundle, total_steps
+    from runtime.profiling.profile import ProfileRequest, profile_bundle, total_steps
+    from runtime.profiling.report import report_file
+    from runtime.profiling.tables import tables
     from runtime.video.sources import open_source
 
     loaded = load_bundle(bundle)
+    request = ProfileRequest(
+        backend=backend, threads=threads, precision=precision, steps=steps, warm_up=warm_up,
+        batches=tuple(dict.fromkeys(batch or [1])), layers=layers,
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
+        write_report = stack.enter_context(report_file(report)) if report is not None else None
         frames = iter(stack.enter_context(open_source(source))) if source else None
         progress = stack.enter_context(_progress())
-        task = progress.add_task("measure", total=total_steps(loaded, steps, warm_up))
-        result = profile_bundle(
-            loaded, backend=backend, threads=threads, precision=precision, steps=steps, warm_up=warm_up, frames=frames,
-            on_step=lambda: progress.advance(task),
-        )  # fmt: skip
+        task = progress.add_task("measure", total=total_steps(loaded, request))
+        result = profile_bundle(loaded, request, frames, on_step=lambda: progress.advance(task))
+        if write_report is not None:
+            write_report(result)
     if as_json:
         console.print_json(json.dumps(result.as_dict()))
-    else:
-        _print_profile(result)
+        return
+    _say(f"{result.engine}, {result.image_size[0]} x {result.image_size[1]}; {result.machine}")
+    for found in tables(result):
+        _say(f"\n{found.title}")
+        _print_rows(found.columns, found.rows)
+        if found.note:
+            _say(found.note)
+    _say("\n" + "\n".join(result.mode))
+    if report is not None:
+        _say(f"written: {report}")
 
 
-def _print_profile(result: Profile) -> None:
-    _say(f"{result.engine}, {result.image_size[0]} x {result.image_size[1]}, {result.steps} steps a row")
-    table = _table("", "tokens kept", "p50 ms", "p90 ms", "p99 ms", "speed-up")
-    for row in result.rows:
-        tokens = "all, no selection" if row.token_budget is None else " / ".join(map(str, row.token_budget))
-        speed_up = "" if row.speed_up is None else f"{row.speed_up:.2f}x"
-        table.add_row(row.name, tokens, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.p99_ms:.1f}", speed_up)
+def _print_rows(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> None:
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    parts = ", ".join(f"{name} {value:.1f} ms" for name, value in result.stages_ms.items())
-    _say(f"pipeline at the default budget, median: {parts}")
 
 
 @app.command(epilog="Example: deploy.py doctor --acceptance nano")

@@ -27,7 +27,7 @@ from models.training.average_precision import TrackEvaluation, paired_bootstrap
 from models.training.evaluate import DENSE, Row, YouTubeVisSet, evaluate
 from runtime.backend import load_engine
 from runtime.bundle import Bundle, load_bundle
-from runtime.profiler import measure_in_turn, stepper
+from runtime.profiling.latency import measure_in_turn, stepper
 
 Key = tuple[str, float | None]  # name of the network, and keep ratio; None for the dense graph
 
@@ -67,7 +67,7 @@ def times(bundles: dict[str, Bundle], rows: list[Key], threads: int, steps: int)
         budget = None if ratio is None else manifest.budget_rule.for_ratio(ratio)
         tasks[f"{name}/{ratio}"] = stepper(engine.open_stream(), budget, manifest.budget_rule)
     measured = measure_in_turn(tasks, steps, 3, lambda: None)
-    return {(name, ratio): float(np.median(measured[f"{name}/{ratio}"])) for name, ratio in rows}
+    return {(name, ratio): float(np.median(measured.times_ms[f"{name}/{ratio}"])) for name, ratio in rows}
 
 
 def main(

@@ -32,7 +32,7 @@ from models.vpp_eo import VppEo
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.pipeline import run_stream
-from runtime.profiler import profile_bundle
+from runtime.profiling.profile import ProfileRequest, profile_bundle
 from runtime.stream import Stream
 from runtime.video.frame import Frame
 from runtime.video.sources import SourceCounters
@@ -129,7 +129,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = random_bundle(model, size, folder)
-        profile = profile_bundle(bundle, backend="onnxruntime", threads=threads, steps=steps)
+        profile = profile_bundle(bundle, ProfileRequest(threads=threads, steps=steps))
         engine = load_engine(bundle, threads=threads)
         pairs = _loops(bundle, engine, steps)
     result = {

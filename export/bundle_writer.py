@@ -14,6 +14,7 @@ from export.bundle_folder import check_replaceable, partial_folder, replace_fold
 from export.check import Parity, check_parity
 from export.lowered_bundle import lower_in_place
 from export.onnx_graph import DEFAULT_OPSET, export_graph, initial_rows, state_name
+from export.part_costs import part_costs
 from export.reference import FRAMES, synthetic_frames, write_reference
 from models.checkpoints import load_host, weight_hash
 from models.macs import giga_macs
@@ -21,7 +22,7 @@ from models.pruned_host import PrunedHost, Selection
 from runtime.backend import load_engine
 from runtime.bundle import INITIAL_STATE_FILE, REFERENCE_FILE, file_sha256, load_bundle
 from runtime.errors import CheckpointError, SinkError
-from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, FloatPrecision, GraphSpec, Manifest, Origin
+from runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, FloatPrecision, GraphSpec, Manifest, Origin, PartCost
 from runtime.verified import note_verified
 
 PRESET_RATIOS = (0.40, 0.55, 0.70, 1.0)
@@ -193,6 +194,7 @@ def _manifest(
         graph=graph,
         baseline=baseline,
         giga_macs=_giga_macs(model, presets, request.selection),
+        part_costs=_part_costs(folder, graph, baseline, presets),
         tracker=model.tracker_settings(),
         precision="fp32",
         opset=request.opset,
@@ -212,3 +214,13 @@ def _giga_macs(model: PrunedHost, presets: dict[str, tuple[int, ...]], mode: Sel
     if mode is Selection.NONE:
         return dense
     return {name: round(giga_macs(model, budget), 4) for name, budget in presets.items()} | dense
+
+
+def _part_costs(
+    folder: Path, graph: GraphSpec, baseline: GraphSpec | None, presets: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[PartCost, ...]]:
+    costs = {}
+    if graph.selection == "budget":
+        costs = {name: part_costs(folder, graph, budget) for name, budget in presets.items()}
+    dense = graph if graph.selection == "none" else baseline
+    return costs if dense is None else costs | {"dense": part_costs(folder, dense, ())}

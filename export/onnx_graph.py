@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.node_names import name_by_module
 from models.pruned_host import PrunedHost, Selection
 from runtime.manifest import DType, GraphSpec, StatePair, TensorSpec
 
@@ -108,6 +109,7 @@ def export_graph(model: PrunedHost, path: Path, selection: Selection, opset: int
             output_names=interface.output_names,
             verbose=False,
         )
+    name_by_module(program.model)
     program.save(path, external_data=False)
     return graph_spec(model, path.name, interface)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from runtime.budget import BudgetRule
 from runtime.errors import BundleIntegrityError, BundleSchemaError, TokenBudgetError
 
-SCHEMA_VERSION = 2  # 2: first_stage, reset_stages, giga_macs, depth, stage_blocks
+SCHEMA_VERSION = 3  # 2: first_stage, reset_stages, giga_macs, depth, stage_blocks; 3: part_costs
 MANIFEST_FILE = "manifest.json"
 
 Count = Annotated[int, Field(ge=1)]
@@ -166,6 +166,20 @@ class Origin(_Strict):
     exported_with: dict[str, str]
 
 
+class PartCost(_Strict):
+    """What a part of the network costs in one step of one picture.
+
+    Attributes:
+        part: Path of a module, see :mod:`runtime.profiling.parts`.
+        giga_macs: Multiply-accumulates of its matrix products and convolutions, in 10^9.
+        megabytes: What its operators read and write as the graph is written, without any fusion, in 10^6 bytes.
+    """
+
+    part: str
+    giga_macs: Annotated[float, Field(ge=0)]
+    megabytes: Annotated[float, Field(ge=0)]
+
+
 class Manifest(_Strict):
     """The contract of a bundle; see the attributes of its parts.
 
@@ -184,6 +198,7 @@ class Manifest(_Strict):
         giga_macs: Multiply-accumulates of one step with a prior, in 10^9, by preset, and ``dense`` without selection.
         precision: What the linear layers are computed in.
         rest_precision: Where ``precision`` is ``int8`` or ``fp8``: what everything else is computed in.
+        part_costs: The same by part, and bytes; empty where the data decides how many tokens stay.
         files: SHA-256 of every other file of the bundle.
     """
 
@@ -205,6 +220,7 @@ class Manifest(_Strict):
     graph: GraphSpec
     baseline: GraphSpec | None
     giga_macs: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    part_costs: dict[str, tuple[PartCost, ...]] = Field(default_factory=dict)
     tracker: AnyTrackerSettings
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     rest_precision: FloatPrecision = "fp32"

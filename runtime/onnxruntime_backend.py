@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class OnnxRuntimeEngine:
         threads: Threads within an operator; 0 takes ONNX Runtime's default, the number of physical cores.
         tf32: Let CUDA round the factors of matrix products to 10 bits of mantissa, as it does by default.
         cuda_graph: Capture a CUDA graph of every budget when it is first used, and replay it from then on.
+        profile_to: Beginning of a file name: note the time of every kernel there, see :meth:`end_profiling`.
 
     Raises:
         BackendUnavailableError: ONNX Runtime or the provider is not there.
@@ -66,10 +68,13 @@ class OnnxRuntimeEngine:
         threads: int = 0,
         tf32: bool = False,
         cuda_graph: bool = False,
+        profile_to: Path | None = None,
     ) -> None:
         ort = _import_onnxruntime(provider)
         options = _session_options(ort, threads, fp8=bundle.manifest.precision == "fp8")
         flags = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))} if provider == _CUDA else {}
+        if profile_to is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints what goes wrong there, among our results
                 if provider == _CUDA:
@@ -100,6 +105,10 @@ class OnnxRuntimeEngine:
         """Allocate the buffers of one stream, in its initial state."""
         device = "cuda" if self._provider == _CUDA else None
         return OnnxRuntimeBuffers(self._session, self._bundle, self.graph, batch, device, self._graph_ids)
+
+    def end_profiling(self) -> str:
+        """Finish the file of an engine that was made with ``profile_to``; its path."""
+        return str(self._session.end_profiling())
 
     def close(self) -> None:
         """Give the session back; may be called twice."""

@@ -30,12 +30,22 @@ class OpenVinoEngine:
         precision: ``fp32``, or ``bf16`` on a CPU that computes in it. Map-SM's product, all scores and the places where
             maps are sampled stay fp32, see :mod:`runtime.openvino_rewrites`; what they are made of does not.
 
+        count_layers: Note the time of every node, see :meth:`OpenVinoBuffers.layer_counters`; slower.
+
     Raises:
         BackendUnavailableError: OpenVINO or the precision is not there.
         BackendError: The graph cannot be read.
     """
 
-    def __init__(self, bundle: Bundle, graph: GraphSpec, *, threads: int = 0, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: GraphSpec,
+        *,
+        threads: int = 0,
+        precision: str = "fp32",
+        count_layers: bool = False,
+    ) -> None:
         openvino = _import_openvino()
         if precision not in _HINTS:
             raise BackendUnavailableError(f"openvino computes in {' or '.join(_HINTS)}, not in {precision}.")
@@ -48,6 +58,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            "PERF_COUNT": count_layers,
         }
         if threads:
             self._config["INFERENCE_NUM_THREADS"] = threads
@@ -128,6 +139,15 @@ class OpenVinoBuffers:
                 f"OpenVINO failed on {self._graph.file} with budget {token_budget}: {_first_lines(error)}"
             ) from error
         return self._outputs
+
+    def layer_counters(self) -> list[tuple[str, str, float]]:
+        """Name, kind and milliseconds of each node of the last step, in the order in which they ran."""
+        counted = self._request.get_profiling_info()
+        return [
+            (node.node_name, node.node_type, node.real_time.total_seconds() * 1e3)
+            for node in counted
+            if node.node_type not in ("Parameter", "Constant", "Result")  # they only hold what others compute
+        ]
 
     def commit(self) -> None:
         """Make the state that the last step left the current one."""

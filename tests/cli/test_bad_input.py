@@ -16,6 +16,7 @@ import torch
 
 from models.checkpoints import load_checkpoint
 from runtime.bundle import file_sha256
+from runtime.manifest import SCHEMA_VERSION
 
 torch.set_num_threads(1)
 
@@ -218,8 +219,10 @@ def test_bundle_with_a_missing_file(bundle_fails, own_bundle, file):
 
 def test_bundle_of_a_newer_schema(bundle_fails, own_bundle):
     manifest = json.loads((own_bundle / "manifest.json").read_text())
-    (own_bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 3, "new_field": 1}))
-    bundle_fails(own_bundle, "BundleSchemaError", "schema version 3", "Update")
+    (own_bundle / "manifest.json").write_text(
+        json.dumps(manifest | {"schema_version": SCHEMA_VERSION + 1, "new_field": 1})
+    )
+    bundle_fails(own_bundle, "BundleSchemaError", f"schema version {SCHEMA_VERSION + 1}", "Update")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"schema_version": 1}', '{"schema_version": "1"}'])

@@ -11,6 +11,7 @@ import pytest
 
 from runtime.bundle import file_sha256, load_bundle
 from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError, DeployError
+from runtime.manifest import SCHEMA_VERSION
 
 FILES = ["dense.onnx", "initial_state.npz", "model.onnx", "reference.npz"]
 
@@ -109,8 +110,9 @@ def test_unknown_field_is_named(changed_bundle):
 
 def test_newer_schema_says_what_to_do(changed_bundle):
     """Even where the newer manifest has fields that this version has never heard of."""
-    with pytest.raises(BundleSchemaError, match=r"schema version 3, this program reads up to 2.*Update the program"):
-        load_bundle(changed_bundle(schema_version=3, frobnication=3))
+    newer = rf"schema version {SCHEMA_VERSION + 1}, this program reads up to {SCHEMA_VERSION}.*Update the program"
+    with pytest.raises(BundleSchemaError, match=newer):
+        load_bundle(changed_bundle(schema_version=SCHEMA_VERSION + 1, frobnication=3))
 
 
 def test_every_refusal_ends_the_program_with_2():

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BLOCKED = ("torch", "onnx", "onnxscript", "cv2", "scipy", "safetensors", "tensorrt", "tensorrt_rtx", "cuda")
 MODULES = (
-    "runtime, runtime.stream, runtime.pipeline, runtime.profiler, runtime.doctor, runtime.reference, "
-    "runtime.acceptance, runtime.verified, runtime.tensorrt_backend, deploy"
+    "runtime, runtime.stream, runtime.pipeline, runtime.profiling.profile, runtime.profiling.report, runtime.doctor, "
+    "runtime.reference, runtime.acceptance, runtime.verified, runtime.tensorrt_backend, deploy"
 )
 
 
