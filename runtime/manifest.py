@@ -202,7 +202,7 @@ class Manifest(_Strict):
         files: SHA-256 of every other file of the bundle.
     """
 
-    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)]
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION, strict=True)]
     task: Literal["video-instance-segmentation"]
     classes: tuple[str, ...] = Field(min_length=1)
     image_size: tuple[Count, Count]

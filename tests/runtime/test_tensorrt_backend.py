@@ -268,6 +268,16 @@ def test_batch_is_what_the_engine_was_built_for(bundle, machine):
         engine.open_stream(2)
 
 
+@pytest.mark.parametrize(("batches", "together"), [((1,), 1), ((1, 2, 3), 3), ((1, 3), 1), ((2, 3), 0)])
+def test_it_tells_which_budgets_and_batches_it_takes(bundle, machine, batches, together):
+    device = machine()
+    built(bundle, device, batches=batches)
+    report = load_engine(bundle, backend="tensorrt").report
+    assert set(report.budgets) == {USUAL, SMALL}, "those of frames without a prior are nobody's choice"
+    assert report.largest_batch == together
+    assert load_engine(bundle, bundle.manifest.baseline, backend="tensorrt").report.budgets is None
+
+
 # State
 
 
