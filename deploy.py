@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import signal
 import sys
 import threading
@@ -557,11 +556,14 @@ def verify(
 def _print_verification(result: Verification) -> None:
     budgets = _table("budget", "tokens kept", "frames", "same tokens by stage", "lowest SNR", "")
     for name, budget in result.budgets.items():
-        overlap = " / ".join(f"{share:.1%}" for share in budget.overlap.values()) or "all kept"
-        ratio = f"{min(budget.sqnr_db.values(), default=math.inf):.0f} dB"
-        notes = budget.not_built or f"{budget.skipped} with near-ties not compared" * bool(budget.skipped)
         tokens = " / ".join(map(str, budget.token_budget))
-        budgets.add_row(name, tokens, str(budget.frames), overlap, ratio, escape(notes))
+        if not budget.frames:
+            budgets.add_row(name, tokens, "0", "", "", escape(budget.not_built) or "near-ties in all frames")
+            continue
+        overlap = " / ".join(f"{share:.1%}" for share in budget.overlap.values()) or "all kept"
+        notes = f"{budget.skipped} with near-ties not compared" if budget.skipped else ""
+        lowest = f"{min(budget.sqnr_db.values()):.0f} dB"
+        budgets.add_row(name, tokens, str(budget.frames), overlap, lowest, notes)
     console.print(budgets)
     tensors = _table("tensor", "largest relative difference", "lowest SNR")
     for name, difference in result.worst.items():

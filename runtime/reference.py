@@ -223,38 +223,36 @@ def _compare_budget(
     frames: list[Case],
     limits: Limits,
 ) -> BudgetAgreement:
-    agreement, failures = Agreement(), []
-    near_ties, skipped = 0, 0
+    agreement, failures, near_ties = Agreement(), [], []
     carried = {pair.input for pair in engine.graph.carried}  # the tracker writes the rest
     for case in frames:
-        budget = tuple(int(count) for count in reference[f"{case.prefix}budget"])
         try:
-            got = _step(buffers, inputs(reference, case, engine.graph), budget)
+            got = _step(buffers, inputs(reference, case, engine.graph), _budget(reference, case))
         except TokenBudgetError as error:
             return BudgetAgreement(preset, not_built=str(error))
         want = expected(reference, case, carried)
         if limits.tolerance is not None:
             try:
-                ties = _compare_exactly(reference, engine, case, got, want, budget, limits.tolerance)
+                if ties := _compare_exactly(reference, engine, case, got, want, limits.tolerance):
+                    near_ties.append(ties)
+                    continue
             except ExportMismatchError as error:
-                failures.append(f"frame {case.t}, {budget}: {error}")
-                ties = 0
-            if ties:
-                near_ties, skipped = near_ties + ties, skipped + 1
-                continue
+                failures.append(f"frame {case.t}, {_budget(reference, case)}: {error}")
         agreement.add(got, want)
-    if limits.tolerance is None:
-        failures = agreement.failures(limits)
     return BudgetAgreement(
         preset,
-        frames=len(frames) - skipped,
-        skipped=skipped,
-        near_ties=near_ties,
+        frames=len(frames) - len(near_ties),
+        skipped=len(near_ties),
+        near_ties=sum(near_ties),
         differences=dict(agreement.differences),
         sqnr_db=agreement.sqnr_db,
         overlap=agreement.overlap,
-        failures=tuple(failures),
+        failures=tuple(agreement.failures(limits) if limits.tolerance is None else failures),
     )
+
+
+def _budget(reference: Arrays, case: Case) -> tuple[int, ...]:
+    return tuple(int(count) for count in reference[f"{case.prefix}budget"])
 
 
 def _step(buffers: StreamBuffers, given: Arrays, budget: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
@@ -273,10 +271,10 @@ def _compare_exactly(
     case: Case,
     got: Arrays,
     want: Arrays,
-    budget: tuple[int, ...],
     tolerance: float,
 ) -> int:
     """Near-ties of one frame; with any, its values are not compared."""
+    budget = _budget(reference, case)
     by_stage = _section(reference, f"{case.prefix}scores.").values()  # written in the order of the stages
     scores = [stage.astype(np.float32) for stage in by_stage]
     tied = bool(reference[f"{case.prefix}tied_match"])

@@ -90,8 +90,11 @@ def test_outputs_are_compared_on_every_value():
 
 def test_what_is_no_number_has_to_be_equal():
     wrong = agreement((frame([2], state_ok=[False]), frame([2], state_ok=[True])))
-    assert wrong.failures(LIMITS["int8"]) == ["state_ok differs, in shape or where the same tokens were kept"]
+    assert wrong.failures(LIMITS["int8"]) == [
+        "state_ok is missing, of another shape, or differs where the same tokens were kept"
+    ]
     assert agreement((frame([2], masks=[1.0]), frame([2], masks=[1.0, 2.0]))).unequal == {"masks"}
+    assert agreement((frame([2]), frame([2], masks=[1.0]))).unequal == {"masks"}
 
 
 def test_failures_name_what_was_reached_and_what_is_asked():
