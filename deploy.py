@@ -458,7 +458,8 @@ def _open_sinks(
     windows: bool,
 ) -> list[Sink]:
     """One camera's sinks; ``page`` is the port of its live view, None for no view."""
-    from runtime.video.sinks import JsonLinesSink, VideoSink, YouTubeVisSink, open_live_view
+    from runtime.video.result_sinks import JsonLinesSink, YouTubeVisSink
+    from runtime.video.video_sink import VideoSink
 
     classes, patch_size = manifest.classes, manifest.patch_size
     output, results, json_lines = paths
@@ -470,6 +471,8 @@ def _open_sinks(
     if json_lines:
         sinks.append(stack.enter_context(JsonLinesSink(json_lines, classes)))
     if page is not None:
+        from runtime.video.live_view import open_live_view
+
         view = open_live_view(classes, port=page, patch_size=patch_size, windows=windows)
         sinks.append(stack.enter_context(view))
     return sinks

@@ -25,8 +25,8 @@ from runtime.sink_writer import SinkWriter
 from runtime.stream import Answer, PreparedFrame, Stream
 from runtime.stream_group import StreamGroup
 from runtime.video.reader import FrameReader
-from runtime.video.sinks import Sink
-from runtime.video.sources import Source, SourceCounters
+from runtime.video.sink_types import Sink
+from runtime.video.source_types import Source, SourceCounters
 
 if TYPE_CHECKING:
     from typing_extensions import Self

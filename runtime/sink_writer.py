@@ -13,7 +13,7 @@ from runtime.errors import DeployError
 from runtime.results import FrameResult
 from runtime.stream import Answer
 from runtime.video.frame import Frame
-from runtime.video.sinks import Sink
+from runtime.video.sink_types import Sink
 
 logger = logging.getLogger(__name__)
 

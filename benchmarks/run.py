@@ -1,0 +1,188 @@
+"""What ``deploy.py run`` costs around the model: its start, its memory, its frame rate, and 20,000 frames.
+
+    python -m benchmarks.run
+
+``vpp-eo-tiny`` at 544 x 960 with random weights, on a 720p H.264 file made for the purpose. Start and memory are those
+of the command itself, in processes of their own; frame rates are of one process in which the bare step loop and the run
+take turns. The 20,000 frames go through ``vpp-eo-micro`` at 96 x 160 with all file sinks, because it is the pipeline
+that might grow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import av
+import numpy as np
+import psutil
+import typer
+
+from benchmarks.speed import RESULTS, DecodedClip, bare_loop, machine, random_bundle
+from runtime.backend import Engine, load_engine
+from runtime.bundle import Bundle, load_bundle
+from runtime.pipeline import run_stream
+from runtime.results import FrameResult
+from runtime.stream import Stream
+from runtime.video.frame import Frame
+from runtime.video.sinks import JsonLinesSink, Sink, VideoSink, YouTubeVisSink
+from runtime.video.sources import open_source
+
+ROOT = Path(__file__).parents[1]
+SINKS = ("out.mp4", "out.json", "out.jsonl")
+LOAD = (
+    "import sys, time; from pathlib import Path; started = time.perf_counter();"
+    "import runtime.pipeline, runtime.stream, runtime.video.sources, runtime.video.sinks;"
+    "from runtime.backend import load_engine; from runtime.bundle import load_bundle;"
+    "load_bundle(Path(sys.argv[1])); print(time.perf_counter() - started)"
+)
+
+
+def write_clip(path: Path, frames: int) -> Path:
+    """The moving pattern of :mod:`benchmarks.speed` as a 720p H.264 file."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", 30, options={"preset": "veryfast", "crf": "23"})
+        stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
+        for frame in DecodedClip(frames):
+            frame.picture.pts = frame.index
+            container.mux(stream.encode(frame.picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+def command(bundle: Path, clip: Path, folder: Path, threads: int, sinks: Sequence[str]) -> list[str]:
+    """``deploy.py run`` on a clip."""
+    options = dict(zip(SINKS, ("--output", "--results", "--json-lines"), strict=True))
+    outputs = [part for name in sinks for part in (options[name], str(folder / name))]
+    return [sys.executable, str(ROOT / "deploy.py"), "run", str(bundle), "--source", str(clip),
+            "--threads", str(threads), *outputs]  # fmt: skip
+
+
+def import_and_load_s(bundle: Path) -> float:
+    """Seconds for importing the runtime and reading and checking a bundle, in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(bundle)], cwd=ROOT, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def first_frame_s(bundle: Path, clip: Path, folder: Path, threads: int) -> float:
+    """Seconds from starting the command to the first frame's line in the JSON Lines file; ends the run then."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command(bundle, clip, folder, threads, SINKS[2:]), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not any(part.stat().st_size for part in folder.glob(".*.jsonl")):
+        if process.poll() is not None:
+            raise RuntimeError(f"run ended with {process.returncode} before its first frame")
+        time.sleep(0.002)
+    took = time.perf_counter() - started
+    process.terminate()
+    process.wait()
+    return took
+
+
+def peak_memory_mib(bundle: Path, clip: Path, folder: Path, threads: int) -> float:
+    """Highest resident memory of the command on the whole clip, with all file sinks."""
+    process = subprocess.Popen(command(bundle, clip, folder, threads, SINKS), cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"run ended with status {status}")
+    return usage.ru_maxrss / 1024
+
+
+def file_sinks(folder: Path, classes: Sequence[str]) -> list[Sink]:
+    """One sink of each kind that makes a file."""
+    video, tracks, lines = (folder / name for name in SINKS)
+    return [VideoSink(video, 30.0, classes), YouTubeVisSink(tracks, 1), JsonLinesSink(lines, classes)]
+
+
+def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Frames per second of the bare step loop, of a run on the file, and of one with all file sinks, in turns."""
+    rates: dict[str, list[float]] = {"bare": [], "run": [], "run_with_sinks": []}
+    classes = bundle.manifest.classes
+    for _ in range(rounds):
+        rates["bare"].append(bare_loop(bundle, engine, 30))
+        for name, sinks in (("run", []), ("run_with_sinks", file_sinks(folder, classes))):
+            summary = run_stream(open_source(clip), Stream(bundle, engine), sinks)
+            rates[name].append(summary.frames_per_second)
+    bare = np.array(rates["bare"])
+    over = {f"{name}_over_bare": round(float(np.median(rates[name] / bare)), 4) for name in ("run", "run_with_sinks")}
+    return {name: [round(rate, 3) for rate in values] for name, values in rates.items()} | over
+
+
+def endurance(bundle: Bundle, frames: int, folder: Path) -> dict[str, Any]:
+    """Resident memory during a long run with all file sinks: the highest of each twentieth of it."""
+    memory: list[float] = []
+
+    def watch(result: FrameResult) -> None:
+        memory.append(psutil.Process().memory_info().rss / 2**20)
+
+    engine = load_engine(bundle, threads=1)
+    summary = run_stream(Repeated(frames), Stream(bundle, engine), file_sinks(folder, bundle.manifest.classes), watch)
+    part = max(1, frames // 20)
+    return {
+        "model": bundle.manifest.origin.model,
+        "image_size": bundle.manifest.image_size,
+        "frames": summary.frames,
+        "frames_per_s": round(summary.frames_per_second, 1),
+        "resets": dict(summary.resets),
+        "memory_mib_highest_of_each_twentieth": [
+            round(max(memory[start : start + part]), 1) for start in range(0, len(memory), part)
+        ],
+    }
+
+
+class Repeated(DecodedClip):
+    """The moving pattern to and fro, on and on."""
+
+    def __init__(self, frames: int) -> None:
+        super().__init__(24)
+        there = [frame.picture for frame in self._frames]
+        pictures = islice(cycle(there + there[-2:0:-1]), frames)
+        self.frame_count = frames
+        self._frames = (Frame(picture, index, index / 30.0) for index, picture in enumerate(pictures))
+
+
+def main(
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 2,
+    clip_frames: Annotated[int, typer.Option(min=30, help="Frames of the clip.")] = 120,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median counts.")] = 5,
+    endurance_frames: Annotated[int, typer.Option(min=20, help="Frames of the long run.")] = 20_000,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: vpp-eo-tiny with random weights.")] = None,
+) -> None:
+    """Measure and write ``benchmarks/results/run-MODEL.json``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loaded = load_bundle(bundle) if bundle else random_bundle("vpp-eo-tiny", (544, 960), folder)
+        clip = write_clip(folder / "clip.mp4", clip_frames)
+        path = loaded.folder
+        loads = [import_and_load_s(path) for _ in range(rounds)]
+        firsts = [first_frame_s(path, clip, folder, threads) for _ in range(rounds)]
+        peak = peak_memory_mib(path, clip, folder, threads)
+        rates = frame_rates(loaded, load_engine(loaded, threads=threads), clip, folder, rounds)
+        long = endurance(random_bundle("vpp-eo-micro", (96, 160), folder), endurance_frames, folder)
+    result = {
+        "machine": machine(),
+        "model": loaded.manifest.origin.model,
+        "image_size": loaded.manifest.image_size,
+        "weights": "random",
+        "threads": threads,
+        "clip": f"{clip_frames} frames, 720p H.264",
+        "import_and_load_bundle_s": round(float(np.median(loads)), 3),
+        "first_frame_s": round(float(np.median(firsts)), 3),
+        "peak_memory_mib_with_all_sinks": round(peak, 1),
+        "frames_per_s": rates,
+        "endurance": long,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"run-{result['model']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
