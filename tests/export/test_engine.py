@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -405,6 +406,30 @@ def test_builds_for_named_gpus(bundle, capabilities):
         assert engine.record.compute_capabilities == capabilities and engine.record.asked.keys() == {"FLOAT"}
         assert engine.differences is None
     assert [profile.token_budget for profile in model.record.profiles] == [USUAL, (60, *USUAL[1:])]
+
+
+TYPE_OF = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8", "fp8": "FP8"}
+GIVEN = [Path(path) for path in os.environ.get("ENGINE_BUNDLES", "").split(os.pathsep) if path]
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.skipif(not GIVEN, reason="name bundles in ENGINE_BUNDLES, with colons between")
+@pytest.mark.parametrize("given", GIVEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("capability", ["sm86", "sm89", "sm120"])
+def test_given_bundles_build_in_the_precision_that_they_name(given, capability, tmp_path):
+    """Any bundle, of any network and precision: its layers compute in that, or the GPU is refused."""
+    bundle = load_bundle(Path(shutil.copytree(given, tmp_path / "given", ignore=shutil.ignore_patterns("engines"))))
+    manifest = bundle.manifest
+    usual = {"usual": manifest.presets[manifest.default_preset]}
+    if manifest.precision == "fp8" and capability == "sm86":
+        with pytest.raises(BackendError, match="fp8"):
+            build(bundle, budgets=usual, compute_capabilities=[capability])
+        return
+    for engine in build(bundle, budgets=usual, compute_capabilities=[capability]):
+        narrow = {name for name in engine.record.asked if name != "FLOAT"}
+        assert TYPE_OF[manifest.precision] in engine.record.asked
+        assert manifest.precision != "fp32" or not narrow
 
 
 @needs_rtx

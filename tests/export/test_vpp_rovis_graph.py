@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
+from types import ModuleType
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from fake_cuda import FakeCuda
+from fake_tensorrt import fake_tensorrt
 from published_files import FRAMES, IMAGE_SIZE, STAGE_OF_BLOCK, reference, reference_weights, save_published
 
 from export import check
 from export.bundle_writer import ExportRequest, export_bundle
 from export.check import check_parity
+from export.engine import build_engines
+from export.engine_request import EngineRequest
 from export.onnx_graph import GraphStep, budget_entries, example_inputs, step_interface
 from export.reference import synthetic_frames
 from models.pruned_host import Selection
@@ -204,3 +210,35 @@ def test_dense_checkpoint_is_only_exported_dense(vectors, tmp_path):
     with pytest.raises(CheckpointError, match="--dense"):
         export_bundle(ExportRequest(path, tmp_path / "bundle", model="vpp-rovis", image_size=IMAGE_SIZE))
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_builds_it(bundle):
+    pytest.importorskip("tensorrt_rtx")
+    usual = {"usual": bundle.manifest.presets[bundle.manifest.default_preset]}
+    model, *_ = build_engines(
+        bundle, "tensorrt-rtx", EngineRequest(usual, compute_capabilities=["sm86", "sm89", "sm120"])
+    )
+    assert model.plan.stat().st_size == model.record.plan_bytes and model.record.asked.keys() == {"FLOAT"}
+    assert [profile.name for profile in model.record.profiles] == ["usual", "usual reset"]
+
+
+@pytest.mark.slow
+def test_state_of_the_tracker_reaches_the_gpu(bundle, monkeypatch):
+    """On a fake GPU: state that the tracker writes is one tensor for both sets, and is uploaded between frames."""
+    cuda = FakeCuda()
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = cuda
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("tensorrt 10.3.0", cuda))
+    build_engines(bundle, "tensorrt", EngineRequest(bundle.manifest.presets))
+    kept = []
+    for engine in (load_engine(bundle), load_engine(bundle, backend="tensorrt")):
+        with Stream(bundle, engine) as stream:
+            pictures = enumerate(synthetic_frames(IMAGE_SIZE, 6))
+            kept.append([stream.step(picture, timestamp_s=t / 30) for t, picture in pictures])
+    for one, same in zip(*kept, strict=True):
+        np.testing.assert_array_equal(one.kept_stages, same.kept_stages)
+        np.testing.assert_array_equal(one.instances.track_ids, same.instances.track_ids)
+        np.testing.assert_array_equal(one.instances.masks, same.instances.masks)
+    assert cuda.calls["cudaGraphLaunch"] == 2

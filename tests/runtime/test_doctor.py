@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 
 from runtime import doctor
+from runtime.cuda import Gpu
 from runtime.doctor import Finding, examine
+from runtime.errors import BackendUnavailableError
 
 BACKENDS = ["backend onnxruntime", "backend onnxruntime-cuda", "backend openvino", "tensorrt", "tensorrt_rtx"]
 
@@ -137,6 +139,19 @@ def test_openvino_is_tried_and_says_whether_the_cpu_has_bf16(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     missing = findings()["backend openvino"]
     assert missing.state == "missing" and "pip install '.[openvino]'" in missing.detail
+
+
+def test_gpu_is_told_as_cuda_sees_it(monkeypatch):
+    def none() -> None:
+        raise BackendUnavailableError("there is no NVIDIA GPU")
+
+    installed(monkeypatch, cuda_bindings="12.9.10")
+    monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("Orin", "sm87"))
+    assert findings()["cuda"] == Finding("ok", "cuda", "bindings 12.9.10, Orin (sm87)")
+    monkeypatch.setattr(doctor, "find_gpu", none)
+    assert findings()["cuda"] == Finding("missing", "cuda", "there is no NVIDIA GPU")
+    installed(monkeypatch, cuda_bindings=None)
+    assert "pip install '.[tensorrt]'" in findings()["cuda"].detail
 
 
 def test_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
