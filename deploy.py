@@ -100,8 +100,10 @@ def export(
     opset: Annotated[int, typer.Option(min=18, max=22, help="ONNX operator set, 18 to 22.")] = 20,
     precision: Annotated[
         str,
-        typer.Option(help="What the graph computes in: fp32, fp16 or bf16. The last two are for GPUs; what decides "
-                     "which tokens are kept stays fp32. For int8 and fp8: calibrate."),
+        typer.Option(
+            help="What the graph computes in: fp32, fp16 or bf16. The last two are for GPUs; what decides "
+            "which tokens are kept stays fp32. For int8 and fp8: calibrate."
+        ),
     ] = "fp32",
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graph, manifest, reference vectors; checked against torch."""
@@ -150,23 +152,31 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Video to calibrate on, of what the device will see; may be given several times."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of the linear layers: int8, or fp8 (GPUs of sm89 and later).")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="Of the linear layers: int8, or fp8 (GPUs of sm89 and later).")
+    ] = "int8",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. Default: BUNDLE-int8 or BUNDLE-fp8.")
     ] = None,
     rest: Annotated[
         str | None,
-        typer.Option(help="What everything else is computed in: fp32, fp16 or bf16. Default: fp32 for int8 (CPUs; take "
-                     "fp16 for GPUs), fp16 for fp8."),
+        typer.Option(
+            help="What everything else is computed in: fp32, fp16 or bf16. Default: fp32 for int8 (CPUs; take "
+            "fp16 for GPUs), fp16 for fp8."
+        ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(help="How a range follows from the values: minmax, percentile (99.99) or entropy (int8 alone)."),
     ] = "minmax",
-    frames: Annotated[int, typer.Option(min=8, help="Frames of each video, from its start, with the prior carried.")] = 64,
+    frames: Annotated[
+        int, typer.Option(min=8, help="Frames of each video, from its start, with the prior carried.")
+    ] = 64,
     keep_ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Budget to calibrate at, in (0, 1]; may be given several times. Default: the bundle's preset."),
+        typer.Option(
+            help="Budget to calibrate at, in (0, 1]; may be given several times. Default: the bundle's preset."
+        ),
     ] = None,
     token_budget: BudgetOption = None,
     table: Annotated[
@@ -177,8 +187,11 @@ def calibrate(
     ] = False,
     max_error: Annotated[
         float | None,
-        typer.Option(min=0, help="Leave out the worst layers until the outputs' error (RMS, over that of the output) "
-                     "is at most this, e.g. 0.05."),
+        typer.Option(
+            min=0,
+            help="Leave out the worst layers until the outputs' error (RMS, over that of the output) "
+            "is at most this, e.g. 0.05.",
+        ),
     ] = None,
     threads: ThreadsOption = 0,
 ) -> None:

@@ -48,7 +48,9 @@ SPEED_STEPS = 30
 def main(
     data: Annotated[Path, typer.Argument(help="Validation set, made by models.training.validation.")],
     clips: Annotated[int | None, typer.Option(min=1, help="Run only the first videos.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="fp32 bundle; default: the shipped checkpoint is exported.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="fp32 bundle; default: the shipped checkpoint is exported.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "precision.json",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 1,
 ) -> None:
@@ -169,8 +171,6 @@ def regions(bundle: Bundle, unseen: Observation) -> dict[str, dict[str, Any]]:
     choices = {
         "as exported": KeepFp32(),
         "ranking low too": KeepFp32(ranking=False),
-        "Softmax fp32": KeepFp32(operators=frozenset({"Softmax"})),
-        "LayerNormalization fp32": KeepFp32(operators=frozenset({"LayerNormalization"})),
         "patch embedding fp32": KeepFp32(modules=("patch_embed",)),
         "mask head fp32": KeepFp32(modules=("mask_head",)),
         "residual sums fp32": KeepFp32(operators=frozenset({"Add"})),

@@ -107,7 +107,9 @@ def observe(
                 if done == frames:
                     break
         except SourceError as error:
-            raise CalibrationError(f"{name} gave {done} of {frames} frames, then: {error} No table was written.") from error
+            raise CalibrationError(
+                f"{name} gave {done} of {frames} frames, then: {error} No table was written."
+            ) from error
         without_prior = sum(stream.reset_counts.values())
     if done < frames:
         raise CalibrationError(

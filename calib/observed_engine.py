@@ -15,7 +15,6 @@ from calib.linear_layers import LinearLayer, linear_layers
 from runtime.backend import EngineReport
 from runtime.bundle import Bundle
 from runtime.errors import StepError
-from runtime.manifest import GraphSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -96,4 +95,3 @@ class ObservedBuffers:
     def set_state(self, state: Arrays) -> None:
         """Overwrite the current state."""
         self._feeds.update({name: np.array(value) for name, value in state.items()})
-

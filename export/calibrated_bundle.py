@@ -134,8 +134,8 @@ def _check_request(request: CalibrationRequest, target: Path) -> None:
 def _check_precision(bundle: Bundle) -> None:
     if (precision := bundle.manifest.precision) != "fp32":
         raise CalibrationError(
-            f"{bundle.folder} is in {precision} already; calibration starts from fp32. Take the bundle that it was made "
-            "from, or export the checkpoint again. For the rest in fp16 there is --rest fp16."
+            f"{bundle.folder} is in {precision} already; calibration starts from fp32. Take the bundle that it was "
+            "made from, or export the checkpoint again. For the rest in fp16 there is --rest fp16."
         )
 
 

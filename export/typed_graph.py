@@ -79,9 +79,7 @@ class TypedGraph:
         return f"{self.low} nodes in low precision, {sum(self.fp32.values())} in fp32 ({kept}), {self.casts} casts"
 
 
-def to_typed_graph(
-    model: ModelProto, spec: GraphSpec, precision: str, keep: KeepFp32 = DEFAULT_KEEP
-) -> TypedGraph:
+def to_typed_graph(model: ModelProto, spec: GraphSpec, precision: str, keep: KeepFp32 = DEFAULT_KEEP) -> TypedGraph:
     """Compute in fp16 or bf16 wherever that is allowed.
 
     Linear layers, convolutions, products, sums, GELU, Softmax and LayerNormalization do; what only moves values
@@ -171,7 +169,9 @@ class _Typing:
         """Whether ONNX defines the operator for the low type in the graph's opset: Conv in bf16 came with 22."""
         schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
         kind = schema.outputs[0].type_str
-        allowed = {item for one in schema.type_constraints if one.type_param_str == kind for item in one.allowed_type_strs}
+        allowed = {
+            item for one in schema.type_constraints if one.type_param_str == kind for item in one.allowed_type_strs
+        }
         return f"tensor({'float16' if self.precision == 'fp16' else 'bfloat16'})" in allowed
 
     def _moves_low_values(self, node: NodeProto) -> bool:
@@ -277,4 +277,3 @@ def _in_fp32(tensor: TensorProto) -> TensorProto:
         return tensor
     values: NDArray[np.float32] = numpy_helper.to_array(tensor).astype(np.float32)
     return numpy_helper.from_array(values, tensor.name)
-

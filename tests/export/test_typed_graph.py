@@ -170,5 +170,3 @@ def test_tensorrt_rtx_builds_it(micro_bundle, tmp_path, precision, capability):
     usual = bundle.manifest.presets["0.55"]
     plan = build_rtx_plan(lowered, {"usual": usual}, [capability])
     assert len(plan) < len(build_rtx_plan(bundle, {"usual": usual}, [capability])), "no smaller than in fp32"
-
-
