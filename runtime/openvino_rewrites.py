@@ -1,4 +1,4 @@
-"""What OpenVINO's own passes leave to us: an arg max without a sort, and what has to stay fp32 where the rest is bf16."""
+"""What OpenVINO leaves to us: an arg max without a sort, and what has to stay fp32 where the rest is bf16."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def replace_arg_max(model: ov.Model) -> list[Node]:
     """Find the first place of the largest value by comparing with it.
 
     OpenVINO imports ArgMax as a TopK of 1, which sorts: 31 of 125 ms of ``vpp-eo-tiny`` in bf16 at 960 x 544, where
-    Map-SM has 2040 x 2040 similarities. A row with NaN gives its last place.
+    Map-SM has 2040 x 2040 similarities. A row with NaN, or with nothing above -inf, gives its last place.
 
     Returns:
         The maxima over the last axis that stand in their place; empty where the graph has no arg max.
