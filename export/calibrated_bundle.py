@@ -11,7 +11,7 @@ from typing import Any, Literal
 import onnx
 
 from calib.graph_index import GraphIndex
-from calib.histogram import METHODS
+from calib.histogram import METHODS, PERCENTILE
 from calib.linear_layers import linear_layers
 from calib.observation import Observation, observe
 from calib.progress import Progress
@@ -194,6 +194,7 @@ class _Calibration:
             weights_sha256=self.origin.weights_sha256,
             image_size=self.bundle.manifest.image_size,
             method=self.request.method,
+            percentile=PERCENTILE if self.request.method == "percentile" else None,
             streams=tuple(seen.streams),
             layers=layers,
         )
