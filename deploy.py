@@ -309,7 +309,7 @@ def calibrate(
         budgets.append(rule.checked(counts))
     request = CalibrationRequest(
         bundle=bundle,
-        output=output or bundle.with_name(f"{bundle.resolve().name}-{precision}"),
+        output=output or bundle.resolve().with_name(f"{bundle.resolve().name}-{precision}"),
         precision=precision,  # type: ignore[arg-type]
         rest=rest,  # type: ignore[arg-type]
         sources=tuple(source or ()),

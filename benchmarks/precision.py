@@ -171,8 +171,6 @@ def regions(bundle: Bundle, unseen: Observation) -> dict[str, dict[str, Any]]:
     choices = {
         "as exported": KeepFp32(),
         "ranking low too": KeepFp32(ranking=False),
-        "Softmax fp32": KeepFp32(operators=frozenset({"Softmax"})),
-        "LayerNormalization fp32": KeepFp32(operators=frozenset({"LayerNormalization"})),
         "patch embedding fp32": KeepFp32(modules=("patch_embed",)),
         "mask head fp32": KeepFp32(modules=("mask_head",)),
         "residual sums fp32": KeepFp32(operators=frozenset({"Add"})),

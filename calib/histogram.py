@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 BINS = 2048
 LEVELS = 128  # of int8 on one side of zero
+PERCENTILE = 99.99
 CANDIDATE_STEP = 8  # bins between two ranges that method entropy tries
 
 
@@ -108,5 +109,5 @@ def _divergence(counts: NDArray[np.float64], length: int) -> float:
 METHODS: dict[str, Callable[[Histogram], float]] = {
     "minmax": largest_value,
     "entropy": entropy_value,
-    "percentile": lambda histogram: percentile_value(histogram, 99.99),
+    "percentile": lambda histogram: percentile_value(histogram, PERCENTILE),
 }

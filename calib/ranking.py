@@ -1,4 +1,4 @@
-"""Which nodes decide which tokens are kept: they stay fp32 in every precision, and are never quantized."""
+"""Which nodes decide what is looked at: they stay fp32 in every precision, and are never quantized."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from onnx import NodeProto, TensorProto
 from calib.graph_index import GraphIndex
 from runtime.manifest import GraphSpec
 
-_DECIDING = ("TopK", "ArgMax", "NonZero")
+_DECIDING = {"TopK": 0, "ArgMax": 0, "NonZero": 0, "GridSample": 1}  # with the input that decides
 _FOLLOWED = (TensorProto.FLOAT, TensorProto.BOOL)
 
 
 def ranking_nodes(index: GraphIndex, spec: GraphSpec) -> set[str]:
-    """First outputs of the nodes that scores are made of, from the tokens to TopK, ArgMax and NonZero.
+    """First outputs of the nodes that scores are made of, up to TopK, ArgMax and NonZero, and places, up to GridSample.
 
-    The way back from a score ends, inclusive, at the LayerNormalization with which a predictor reads the tokens, and
-    at a product of two computed tensors, which Map-SM's is. Where it meets a state input, it goes on at the output of
-    the frame before, because Map-SM's scores are the keep logits of that frame.
+    A place is a number in [-1, 1]: bf16 rounds it to an eighth of a cell of a map of 60. The way back ends, inclusive,
+    at the LayerNormalization with which a predictor reads the tokens, and at a product of two computed tensors, which
+    Map-SM's is. Where it meets a state input, it goes on at the output of the frame before, because Map-SM's scores
+    are the keep logits of that frame.
     """
     carried = {pair.input: pair.output for pair in spec.carried}
     found: set[str] = set()
-    waiting = [node.input[0] for node in index.model.graph.node if node.op_type in _DECIDING]
+    waiting = [node.input[_DECIDING[node.op_type]] for node in index.model.graph.node if node.op_type in _DECIDING]
     while waiting:
         tensor = waiting.pop()
         if tensor in carried:

@@ -96,12 +96,7 @@ def deviation(model: ModelProto, samples: Sequence[Sample], threads: int = 0) ->
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it fuses FP8 into an integer product
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = ["class_logits", "mask_logits", "kept_stages"]
-    answers = [dict(zip(names, session.run(names, dict(sample.feeds)), strict=True)) for sample in samples]
-    strided = [
-        answer["mask_logits"].shape != sample.outputs["mask_logits"].shape
-        for answer, sample in zip(answers, samples, strict=True)
-    ]
-    got = [_compared(answer) if stride else answer for answer, stride in zip(answers, strided, strict=True)]
+    got = [_compared(dict(zip(names, session.run(names, dict(sample.feeds)), strict=True))) for sample in samples]
     want = [sample.outputs for sample in samples]
     errors = {name: _error([one[name] for one in got], [one[name] for one in want]) for name in names[:2]}
     return Deviation(errors, _overlap([one[names[2]] for one in got], [one[names[2]] for one in want]))
@@ -116,7 +111,7 @@ def _error(got: Sequence[NDArray[np.generic]], want: Sequence[NDArray[np.generic
 def _overlap(got: Sequence[NDArray[np.generic]], want: Sequence[NDArray[np.generic]]) -> dict[int, float]:
     shares = {}
     for stage in range(int(max(kept.max(initial=0) for kept in want))):
-        both = before = kept = 0
+        both = kept = 0
         for one, other in zip(got, want, strict=True):
             if int((other > stage).sum()) < int((other >= stage).sum()):  # a stage that keeps all chooses nothing
                 both += int(((one > stage) & (other > stage)).sum())

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import onnx
 
 from calib.graph_index import GraphIndex
-from calib.histogram import METHODS
+from calib.histogram import METHODS, PERCENTILE
 from calib.linear_layers import linear_layers
 from calib.observation import Observation, observe
 from calib.progress import Progress
@@ -134,8 +134,8 @@ def _check_request(request: CalibrationRequest, target: Path) -> None:
 def _check_precision(bundle: Bundle) -> None:
     if (precision := bundle.manifest.precision) != "fp32":
         raise CalibrationError(
-            f"{bundle.folder} is in {precision} already; calibration starts from fp32. Take the bundle that it was made "
-            "from, or export the checkpoint again. For the rest in fp16 there is --rest fp16."
+            f"{bundle.folder} is in {precision} already; calibration starts from fp32. Take the bundle that it was "
+            "made from, or export the checkpoint again. For the rest in fp16 there is --rest fp16."
         )
 
 
@@ -194,6 +194,7 @@ class _Calibration:
             weights_sha256=self.origin.weights_sha256,
             image_size=self.bundle.manifest.image_size,
             method=self.request.method,
+            percentile=PERCENTILE if self.request.method == "percentile" else None,
             streams=tuple(seen.streams),
             layers=layers,
         )

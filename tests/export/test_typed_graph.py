@@ -82,11 +82,11 @@ def test_layer_norm_accumulates_in_fp32(graph):
     assert set(stash) <= {1}  # 1, the default, is fp32
 
 
-def small_graph(*nodes, constants=(), x=("batch", 4)):
+def small_graph(*nodes, constants=(), x=("batch", 4), y=None):
     """A graph x -> y in fp32."""
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "g", [value("x", TensorProto.FLOAT, x)], [value("y", TensorProto.FLOAT, x)], constants
+        nodes, "g", [value("x", TensorProto.FLOAT, x)], [value("y", TensorProto.FLOAT, y or x)], constants
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -120,6 +120,28 @@ def test_constant_beyond_the_range_of_fp16_keeps_its_node_fp32():
     assert to_typed_graph(model, NO_STATE, "bf16").fp32 == {}
     x = np.ones((1, 4), np.float32)
     np.testing.assert_array_equal(run(rounded_graph(to_typed_graph(model, NO_STATE, "fp16").model), x), x)
+
+
+def test_places_where_a_map_is_sampled_stay_fp32():
+    """From the LayerNormalization on: bf16 would move them by an eighth of a cell."""
+    scale = numpy_helper.from_array(np.ones(4, np.float32), "scale")
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "weight")
+    shape = numpy_helper.from_array(np.array([1, 1, 2, 2]), "shape")
+    nodes = (
+        helper.make_node("Mul", ["x", "x"], ["features"]),
+        helper.make_node("LayerNormalization", ["features", "scale"], ["normed"]),
+        helper.make_node("MatMul", ["normed", "weight"], ["offsets"]),
+        helper.make_node("Reshape", ["offsets", "shape"], ["places"]),
+        helper.make_node("Reshape", ["features", "shape"], ["map"]),
+        helper.make_node("GridSample", ["map", "places"], ["sampled"]),
+        helper.make_node("Reshape", ["sampled", "two"], ["y"]),
+    )
+    two = numpy_helper.from_array(np.array([1, -1]), "two")
+    model = small_graph(*nodes, constants=[scale, weight, shape, two], x=(1, 4), y=(1, 2))
+    typed = GraphIndex(to_typed_graph(model, NO_STATE, "bf16").model)
+    kinds = {node.op_type: {typed.type_of(name) for name in node.input} for node in typed.model.graph.node}
+    assert kinds["Mul"] == {TensorProto.BFLOAT16}
+    assert kinds["LayerNormalization"] == kinds["MatMul"] == kinds["GridSample"] == {TensorProto.FLOAT}
 
 
 def test_keep_names_operators_and_modules(micro_bundle):
