@@ -85,7 +85,7 @@ def _plots(profile: Profile) -> Iterator[str]:
 
 
 def _part_chart(profile: Profile) -> str:
-    """Bars of the dense network, the default budget and the smallest one; parts that no reader would see are left out."""
+    """Bars of the dense network, the default budget and the smallest one, for the parts that can be seen."""
     presets = {row.name: row.preset for row in profile.rows if profile.layers.get(row.name)}
     pruned = [name for name, preset in presets.items() if preset is not None]
     default = [name for name in pruned if presets[name] == profile.default]
