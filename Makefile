@@ -37,6 +37,7 @@ test-fast: install
 
 bench: install
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.alternatives
 
 clean:
 	rm -rf build $(VENV)

@@ -47,10 +47,10 @@ class Axes:
         places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
         self.body.append(f'<polyline points="{places}" fill="none" {style}/>')
 
-    def dot(self, point: Point, style: str, title: str = "") -> None:
+    def dot(self, point: Point, style: str, title: str, radius: float = 3.5) -> None:
         """A filled circle with a text that appears under the pointer."""
-        x, y = self.x(point[0]), self.y(point[1])
-        self.body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {style}><title>{escape(title)}</title></circle>')
+        place = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" r="{radius}"'
+        self.body.append(f"<circle {place} {style}><title>{escape(title)}</title></circle>")
 
     def text(self, x: float, y: float, words: str, anchor: str = "middle") -> None:
         """Words at a place of the picture."""
@@ -147,7 +147,8 @@ def timeline(times: Mapping[str, Sequence[Point]]) -> str:
     axes = Axes((0.0, ends or 1.0), (0.0, 1.05 * largest))
     axes.ticks("seconds since the first measured step", "step, ms")
     for number, points in enumerate(times.values()):
-        axes.line(points, _stroke(number))
+        for second, ms in points:
+            axes.dot((second, ms), _fill(number), f"{ms:.1f} ms", radius=1.8)
     return axes.svg("Step times in the order of measuring")
 
 
@@ -158,7 +159,7 @@ def bars(parts: Sequence[tuple[str, Mapping[str, float]]], unit: str = "ms") -> 
         parts: Name of the part, and its value in each row.
     """
     rows = len(parts[0][1])
-    thick, gap = 7.0, 18.0
+    thick, gap = 8.0, 18.0
     height = TOP + BOTTOM + sum(gap + thick * rows for _ in parts)
     largest = max(max(values.values()) for _, values in parts)
     axes = Axes((0.0, 1.18 * largest), (0.0, 1.0), height=height, left=8.0)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from runtime.profiling import plots
 from runtime.profiling.profile import Profile
-from runtime.profiling.tables import SMALL_MS, Table, tables
+from runtime.profiling.tables import Table, tables
 from runtime.video.output_file import OutputFile, writing
+
+SEEN = 0.01  # share of the whole network below which a part has no bar
 
 
 @contextmanager
@@ -78,12 +80,23 @@ def _plots(profile: Profile) -> Iterator[str]:
     yield _figure("Distribution", plots.distribution({row.name: row.times_ms for row in rows}), names)
     over_time = {row.name: list(zip(row.at_s, row.times_ms, strict=True)) for row in rows}
     yield _figure("Over time", plots.timeline(over_time), names, "Rows take turns; a drift touches all alike.")
-    layered = [name for name in profile.layers if profile.layers[name]]
-    parts = [(part.name, part.ms) for part in profile.parts if max(part.ms.values()) >= SMALL_MS]
-    if parts:
-        yield _figure(
-            "Parts of the network", plots.bars(parts), layered, "Milliseconds, layers timed in a run of their own."
-        )
+    if chart := _part_chart(profile):
+        yield chart
+
+
+def _part_chart(profile: Profile) -> str:
+    """Bars of the dense network, the default budget and the smallest one, for the parts that can be seen."""
+    presets = {row.name: row.preset for row in profile.rows if profile.layers.get(row.name)}
+    pruned = [name for name, preset in presets.items() if preset is not None]
+    default = [name for name in pruned if presets[name] == profile.default]
+    names = list(dict.fromkeys([*(name for name in presets if name not in pruned), *default, *pruned[:1]]))
+    if not names:
+        return ""
+    whole = max(sum(part.ms[name] for part in profile.parts) for name in names)
+    parts = [(part.name, {name: part.ms[name] for name in names}) for part in profile.parts]
+    seen = [(name, ms) for name, ms in parts if max(ms.values()) > SEEN * whole]
+    note = f"Layers timed in a run of their own; parts under {SEEN:.0%} of the whole are only in the table."
+    return _figure("Parts of the network", plots.bars(seen), names, note)
 
 
 def _figure(title: str, svg: str, names: list[str], note: str = "") -> str:

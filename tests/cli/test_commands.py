@@ -176,13 +176,18 @@ def test_profile_as_json(cli, micro_bundle, clip):
     assert profile["rows"][2]["token_budget"] == [42, 33, 26, 21]
     for row in profile["rows"]:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
-    assert profile["stages_ms"].keys() == {"decode", "preprocess", "infer", "post"}
+    assert {"decode", "resize", "infer", "tracks", "masks", "overlay"} <= profile["stages_ms"].keys()
+    assert profile["stages_ms"]["decode"] > 0
+    assert {"Map-SM", "mask head"} <= {part["name"] for part in profile["parts"]}
 
 
-def test_profile_as_table(cli, micro_bundle):
-    out = cli("profile", micro_bundle, "--threads", 1, "--steps", 1, "--warm-up", 0).check().out
+def test_profile_as_table_and_as_a_page(cli, micro_bundle, tmp_path):
+    page = tmp_path / "report.html"
+    out = cli("profile", micro_bundle, "--threads", 1, "--steps", 1, "--warm-up", 0, "--report", page).check().out
     assert re.search(r"dense\s+all, no selection.*1\.00x", out)
     assert re.search(r"keep 0\.55\s+42 / 33 / 26 / 21", out)
+    assert re.search(r"Map-SM\s+0\.00", out) and "Ceiling of this machine" in out
+    assert f"written: {page}" in out and "Map-SM" in page.read_text()
 
 
 @decodes_masks
