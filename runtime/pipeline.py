@@ -193,7 +193,8 @@ class _Lane:
     @property
     def is_ready(self) -> bool:
         """Whether :meth:`take` has something to do."""
-        return self.is_open and self._reader.is_ready and self._writer.is_ready
+        has_failed = self._writer.error is not None  # a silent source must not hide it
+        return self.is_open and (has_failed or (self._reader.is_ready and self._writer.has_room))
 
     def take(self) -> PreparedFrame | None:
         """The next frame if there is one, and room for its answer; the camera's end is noticed here.

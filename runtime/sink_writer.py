@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class SinkWriter:
     """Delivers answers to sinks, and closes the sinks: normally after an end or an interrupt, else as failed.
 
-    Nothing here waits for the thread but :meth:`join`. Whoever puts asks :attr:`is_ready` before, so that memory stays
+    Nothing here waits for the thread but :meth:`join`. Whoever puts asks :attr:`has_room` before, so that memory stays
     bounded.
 
     Args:
@@ -50,9 +50,9 @@ class SinkWriter:
         self._thread.start()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether there is room for an answer, or an error to look at."""
-        return self._queue.qsize() < self._capacity or self.error is not None
+    def has_room(self) -> bool:
+        """Whether another answer may be put."""
+        return self._queue.qsize() < self._capacity
 
     def put(self, frame: Frame, answer: Answer) -> None:
         """Hand over one answer."""

@@ -50,7 +50,9 @@ def test_source_that_is_not_there_is_named_before_anything_starts(cli, micro_bun
     assert list(tmp_path.iterdir()) == []
 
 
-def test_camera_that_breaks_off_is_an_error_after_the_others_are_done(cli, micro_bundle, clip, make_clip, tmp_path):
+def test_camera_that_breaks_off_is_said_and_ends_the_command_with_2_after_the_others(
+    cli, micro_bundle, clip, make_clip, tmp_path, caplog
+):
     import av
 
     broken = tmp_path / "broken.ts"
@@ -64,7 +66,8 @@ def test_camera_that_breaks_off_is_an_error_after_the_others_are_done(cli, micro
     lines = tmp_path / "l.jsonl"
     options = "--threads", 1, "--json-lines", lines
     ended = cli("run", micro_bundle, "--source", broken, "--source", clip, *options)
-    ended.refused("SourceLostError", "broken.ts", "camera 0 has ended")
+    ended.refused("SourceLostError", "broken.ts")
+    assert [record.getMessage()[:18] for record in caplog.records] == ["camera 0 has ended"]
     assert f"camera 1: {FRAMES} frames in" in ended.out
     assert len(lines_of(tmp_path / "l-1.jsonl")) == FRAMES
     assert 0 < len(lines_of(tmp_path / "l-0.jsonl")) <= 60
@@ -78,16 +81,16 @@ def test_target_within_reach_is_reported(cli, micro_bundle, clip, tmp_path):
     options = "--threads", 1, "--latency-target-ms", 60000, "--json-lines", lines
     out = cli("run", micro_bundle, "--source", clip, *options).check().out
     assert re.search(rf"latency target 60000 ms: met by 100\.0% of {FRAMES} frames, 0 missed", out)
-    assert f"tokens computed: 54% on {FRAMES - 1} frames; 0 changes" in out
+    assert re.search(rf"tokens computed: \d\d% on {FRAMES - 1} frames; 0 changes", out)
     assert [line["missed_target"] for line in lines_of(lines)] == [False] * FRAMES
     assert all(line["latency_ms"] >= line["step_ms"] > 0 for line in lines_of(lines))
 
 
-def test_target_out_of_reach_goes_down_to_the_minimum_and_says_so(cli, micro_bundle, make_clip, tmp_path):
+def test_target_out_of_reach_goes_down_to_the_minimum_and_says_so(cli, micro_bundle, make_clip, tmp_path, caplog):
     lines, clip = tmp_path / "l.jsonl", make_clip(tmp_path / "clip.mp4", frames=80)
     options = "--threads", 1, "--latency-target-ms", 0.001, "--min-keep-ratio", 0.5, "--json-lines", lines
     ended = cli("run", micro_bundle, "--source", clip, *options).check()
-    assert ended.err.count("out of reach") == 1
+    assert ["out of reach" in record.getMessage() for record in caplog.records] == [True]
     assert "met by 0.0% of 80 frames, 80 missed (1 of them without a prior)" in ended.out
     kept = [line["tokens_kept"] for line in lines_of(lines)]
     smallest = [40, 30, 23, 18]  # keep ratio 0.5

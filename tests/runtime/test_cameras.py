@@ -180,6 +180,15 @@ def test_failed_sink_ends_its_camera_alone(make_camera, pictures, error):
     assert summaries[1].failed is None and seen(good) == list(range(3 * FRAMES))
 
 
+def test_failed_sink_of_a_silent_camera_is_noticed(make_camera, pictures):
+    wake, error = threading.Event(), SinkError("the disk is full")
+    silent = make_camera(StalledSource(pictures[:1], wake), ListSink(bad=0, error=error))
+    started = time.monotonic()
+    (summary,) = run_cameras([silent])
+    assert summary.failed is error and time.monotonic() - started < SOON_S / 2
+    wake.set()
+
+
 def test_steps_that_keep_failing_end_their_camera_alone(micro, micro_engine, faulty_engine, pictures, make_camera):
     bad = Camera(ListSource(pictures * 5), Stream(micro, faulty_engine(["fail"] * FAILURES_IN_A_ROW)), [ListSink()])
     good = make_camera()
