@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 360.0, 240.0
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 8.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 16.0, 8.0, 34.0
 COLOURS = 8
 Point = tuple[float, float]
 
@@ -104,9 +104,9 @@ def round_values(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def legend(names: Sequence[str]) -> str:
+def legend(names: Mapping[str, int]) -> str:
     """Names with the colours of their numbers, as HTML."""
-    items = (f'<li style="--c:var(--c{number % COLOURS})">{escape(name)}</li>' for number, name in enumerate(names))
+    items = (f'<li style="--c:var(--c{number % COLOURS})">{escape(name)}</li>' for name, number in names.items())
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -152,13 +152,14 @@ def timeline(times: Mapping[str, Sequence[Point]]) -> str:
     return axes.svg("Step times in the order of measuring")
 
 
-def bars(parts: Sequence[tuple[str, Mapping[str, float]]], unit: str = "ms") -> str:
-    """For each part one bar for each row, side by side, with its number.
+def bars(parts: Sequence[tuple[str, Mapping[str, float]]], colours: Mapping[str, int], unit: str = "ms") -> str:
+    """For each part one bar for each row, one below the other, with its value.
 
     Args:
         parts: Name of the part, and its value in each row.
+        colours: The rows, with the numbers of their colours.
     """
-    rows = len(parts[0][1])
+    rows = len(colours)
     thick, gap = 8.0, 18.0
     height = TOP + BOTTOM + sum(gap + thick * rows for _ in parts)
     largest = max(max(values.values()) for _, values in parts)
@@ -167,15 +168,15 @@ def bars(parts: Sequence[tuple[str, Mapping[str, float]]], unit: str = "ms") -> 
     top = TOP
     for name, values in parts:
         axes.text(axes.left, top + gap - 5, name, "start")
-        for number, value in enumerate(values.values()):
-            axes.body.append(_bar(axes, top + gap + thick * number, thick, value, number))
+        for place, (row, colour) in enumerate(colours.items()):
+            axes.body.append(_bar(axes, top + gap + thick * place, thick, values[row], colour))
         top += gap + thick * rows
     return axes.svg("Milliseconds of each part of the network")
 
 
-def _bar(axes: Axes, top: float, thick: float, value: float, number: int) -> str:
+def _bar(axes: Axes, top: float, thick: float, value: float, colour: int) -> str:
     start, end = axes.x(0.0), axes.x(value)
     return (
         f'<rect x="{start:.1f}" y="{top:.1f}" width="{max(end - start, 0.5):.1f}" height="{thick - 1:.1f}" '
-        f'{_fill(number)}/><text class="small" x="{end + 3:.1f}" y="{top + thick - 1.5:.1f}">{value:.1f}</text>'
+        f'{_fill(colour)}/><text class="small" x="{end + 3:.1f}" y="{top + thick - 1.5:.1f}">{value:.1f}</text>'
     )

@@ -69,12 +69,12 @@ def _summary(profile: Profile) -> str:
 
 def _plots(profile: Profile) -> Iterator[str]:
     rows = [row for row in profile.rows if row.batch == 1]
-    names = [row.name for row in rows]
+    names = _colours(profile)
     points = [(row.name, row.giga_macs, row.p50_ms) for row in rows if row.giga_macs is not None]
     dense = next(((macs, ms) for name, macs, ms in points if name == "dense"), None)
     if points:
         yield _figure(
-            "Latency over work", plots.latency_over_work(points, dense), [name for name, _, _ in points],
+            "Latency over work", plots.latency_over_work(points, dense), {name: names[name] for name, _, _ in points},
             "On the dashed line cost follows work; above it, a part of the speed-up is lost.",
         )  # fmt: skip
     yield _figure("Distribution", plots.distribution({row.name: row.times_ms for row in rows}), names)
@@ -96,10 +96,16 @@ def _part_chart(profile: Profile) -> str:
     parts = [(part.name, {name: part.ms[name] for name in names}) for part in profile.parts]
     seen = [(name, ms) for name, ms in parts if max(ms.values()) > SEEN * whole]
     note = f"Layers timed in a run of their own; parts under {SEEN:.0%} of the whole are only in the table."
-    return _figure("Parts of the network", plots.bars(seen), names, note)
+    colours = {name: number for name, number in _colours(profile).items() if name in names}
+    return _figure("Parts of the network", plots.bars(seen, colours), colours, note)
 
 
-def _figure(title: str, svg: str, names: list[str], note: str = "") -> str:
+def _colours(profile: Profile) -> dict[str, int]:
+    """The rows of batch 1, each with the number of its colour, the same in all plots."""
+    return {row.name: number for number, row in enumerate(row for row in profile.rows if row.batch == 1)}
+
+
+def _figure(title: str, svg: str, names: dict[str, int], note: str = "") -> str:
     caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
     return f"<h2>{escape(title)}</h2><figure>{plots.legend(names)}{svg}{caption}</figure>"
 
