@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 from runtime.bundle import Bundle
 from runtime.cuda import Gpu
+from runtime.device_precision import check_device_precision
 from runtime.engines import RESET_SUFFIX, Compatibility, EngineInputs, Profile
 from runtime.errors import BackendError, TokenBudgetError
 from runtime.manifest import GraphSpec, Manifest
 from runtime.tensorrt_library import TensorRt
 
 LARGEST_TOP_K = 3840  # beyond it TensorRT's TopK fails when it runs; the builder only warns
-OLDEST_FP8 = 89  # compute capability; Orin is 87
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,15 @@ def engine_inputs(
 
     Raises:
         TokenBudgetError: There is no budget, or one that the model or TensorRT does not take.
+        BackendUnavailableError: A GPU that it is for has not what the graph computes in.
         BackendError: The library cannot build this graph, or not as it is asked to.
     """
     profiles = tuple(_profiles(bundle.manifest, graph, _checked(bundle, graph, request, library), request.batches))
     built_on = None if library.is_rtx else gpu
     targets = _targets(request, library, built_on)
     _check_compatibility(request, library)
-    _check_precision(bundle.manifest.precision, targets)
+    for target in targets:
+        check_device_precision(bundle.manifest, target)
     return EngineInputs(
         backend=library.backend,  # type: ignore[arg-type]
         library_version=library.version,
@@ -175,12 +177,3 @@ def hardware_level(api: Any, compatibility: str) -> Any:
 
 def _option(name: str) -> str:
     return name.lower().replace("_", "-")
-
-
-def _check_precision(precision: str, targets: Sequence[str]) -> None:
-    old = [name for name in targets if int(name.removeprefix("sm")) < OLDEST_FP8]
-    if "fp8" in precision and old:
-        raise BackendError(
-            f"fp8 needs a GPU of sm{OLDEST_FP8} or later (Ada, Hopper, Blackwell, Thor), {', '.join(old)} has none "
-            "(Orin is sm87). Export with --precision fp16 or int8."
-        )

@@ -61,10 +61,10 @@ def test_doctor_answers_where_nothing_is_installed():
 def test_runtime_imports_none_of_the_rooms_above_it():
     code = f"import {MODULES.replace(', deploy', '')}\nprint(*sys.modules)"
     loaded = set(run_blocked(code).split())
-    assert not loaded & {"models", "export", "calib", "deploy"}
+    assert not loaded & {"cli", "models", "export", "calib", "deploy"}
 
 
-@pytest.mark.parametrize("module", ["torch", "onnx", "models", "export", "calib"])
+@pytest.mark.parametrize("module", ["torch", "onnx", "models", "export", "calib", "cli"])
 @pytest.mark.parametrize("form", ["import {}", "from {} import x", "import {}.deep as y", "from {}.deep import x"])
 @pytest.mark.parametrize("file", ["runtime/x.py", "runtime/video/x.py"])
 def test_lint_rule_fires(module, form, file):

@@ -1,0 +1,1 @@
+"""The commands of deploy.py, one file each: read the options, call one function, print."""
