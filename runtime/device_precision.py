@@ -10,7 +10,16 @@ from runtime.manifest import Manifest
 # First compute capability with tensor cores for it: CUDA C++ Programming Guide, "Compute Capabilities".
 FIRST_CAPABILITY = {"fp32": 0, "fp16": 70, "int8": 72, "bf16": 80, "fp8": 89}
 
-_NAMES = {70: "Volta", 72: "Jetson Xavier", 75: "Turing", 80: "A100", 86: "Ampere", 87: "Jetson Orin", 89: "Ada", 90: "Hopper"}
+_NAMES = {
+    70: "Volta",
+    72: "Jetson Xavier",
+    75: "Turing",
+    80: "A100",
+    86: "Ampere",
+    87: "Jetson Orin",
+    89: "Ada",
+    90: "Hopper",
+}
 
 
 def check_device_precision(manifest: Manifest, capability: str) -> None:
