@@ -131,12 +131,17 @@ class PrunedHost(nn.Module):
         dense_state: Fields of the state that the network carries without any selection.
         host_state: Fields that the program around the graph writes between two frames, each with the output that it
             takes them from, or None.
+        has_inner_decisions: The network decides about more than tokens, so that rounding may show beyond itself.
+        inner_margin: Where those decisions cut instead of at 0, over the largest value; 0 in use. A parity check moves
+            it a little to see how far near-ties carry.
     """
 
     state_type: ClassVar[Any]
     outputs_type: ClassVar[Any] = Outputs
     dense_state: ClassVar[tuple[str, ...]]
     host_state: ClassVar[dict[str, str | None]] = {}
+    has_inner_decisions: ClassVar[bool] = False
+    inner_margin: float = 0.0
     config: Any
     patch_grid: tuple[int, int]
     map_selector: MapSelector

@@ -104,6 +104,7 @@ def compare_frame(
     budget: Sequence[int],
     tolerance: float,
     tied_match: bool = False,
+    explained: Mapping[str, float] | None = None,
 ) -> FrameParity:
     """Compare one frame of a batch of one.
 
@@ -113,6 +114,7 @@ def compare_frame(
         budget: Tokens kept at each stage, by score.
         tolerance: Largest relative difference of floating-point tensors; others have to be equal.
         tied_match: See :func:`count_near_ties`.
+        explained: What is allowed beyond the tolerance, by name: how far near-ties inside the network move a tensor.
 
     Raises:
         ExportMismatchError: Another choice of tokens, or a value beyond the tolerance.
@@ -131,7 +133,7 @@ def compare_frame(
             raise ExportMismatchError(f"{name} has shape {got[name].shape}, expected {expected.shape}")
         difference = relative_difference(got[name], expected)
         differences[name] = difference
-        allowed = tolerance if np.issubdtype(expected.dtype, np.floating) else 0.0
+        allowed = tolerance + (explained or {}).get(name, 0.0) if np.issubdtype(expected.dtype, np.floating) else 0.0
         if difference > allowed:
             raise ExportMismatchError(
                 f"{name} differs by {difference:.1e} of its largest value (allowed {allowed:.0e}). "

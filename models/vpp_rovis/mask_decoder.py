@@ -58,10 +58,17 @@ class MaskDecoder(nn.Module):
 
     A layer's attention mask is needed at the size of one memory only, and bilinear resizing commutes with the product
     of kernels and channels: the mask features are resized once for each memory, instead of all masks for each layer.
+    The convolution that makes the mask features is 1 x 1, so the kernels of the queries, which are few, go through it
+    instead of the map.
 
     Args:
         shapes: (height, width) of the memories, strides 32, 16, 8.
+
+    Attributes:
+        margin: See :attr:`models.pruned_host.PrunedHost.inner_margin`.
     """
+
+    margin = 0.0
 
     def __init__(self, dim: int, heads: int, layers: int, ffn: int, classes: int, queries: int, shapes: Shapes) -> None:
         super().__init__()
@@ -79,12 +86,18 @@ class MaskDecoder(nn.Module):
             self.register_buffer(f"position{index}", sine_positions(shape, dim), persistent=False)
 
     def forward(
-        self, features: Tensor, memories: list[Tensor], track_queries: Tensor, track_valid: Tensor
+        self,
+        features: Tensor,
+        mask_feature: nn.Conv2d,
+        memories: list[Tensor],
+        track_queries: Tensor,
+        track_valid: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all layers.
 
         Args:
-            features: Mask features [B, C, H / 4, W / 4].
+            features: What ``mask_feature`` makes mask features of, [B, C, H / 4, W / 4].
+            mask_feature: 1 x 1 convolution.
             memories: [B, h * w, C] each.
             track_queries: Queries of the frame before, [B, T, C]; they have no position.
             track_valid: Which of them there are, bool [B, T]; the others are seen by no query.
@@ -104,18 +117,23 @@ class MaskDecoder(nn.Module):
         ]
         for number, layer in enumerate(self.layers):
             level = number % len(self.shapes)
-            cross_bias = _blocked_bias(self._kernels(queries) @ small[level])
+            cross_bias = _blocked_bias(self._masks(queries, small[level], mask_feature), self.margin)
             queries = layer(queries, position, keys[level], values[level], cross_bias, self_bias)
-        kernels = self._kernels(queries)
-        masks = (kernels @ features.flatten(2)).unflatten(2, (features.shape[2], features.shape[3]))
+        masks = self._masks(queries, features.flatten(2), mask_feature).unflatten(2, features.shape[2:])
         return self.cls_embed(self.post_norm(queries)), masks, queries
 
-    def _kernels(self, queries: Tensor) -> Tensor:
-        return self.mask_embed(self.post_norm(queries))
+    def _masks(self, queries: Tensor, features: Tensor, mask_feature: nn.Conv2d) -> Tensor:
+        """Mask logits [B, q, n] of queries [B, q, C] on features [B, C, n]."""
+        kernels = self.mask_embed(self.post_norm(queries))
+        return kernels @ mask_feature.weight.flatten(1) @ features + (kernels @ mask_feature.bias).unsqueeze(2)
 
 
-def _blocked_bias(mask_logits: Tensor) -> Tensor:
-    """Attention bias [B, 1, q, k]: -inf where a mask [B, q, k] is negative, except for masks that are all negative."""
-    blocked = mask_logits < 0
+def _blocked_bias(mask_logits: Tensor, margin: float = 0.0) -> Tensor:
+    """Attention bias [B, 1, q, k]: -inf where a mask [B, q, k] is negative, except for masks that are all negative.
+
+    Args:
+        margin: Where to cut instead of at 0, over the largest of the logits.
+    """
+    blocked = mask_logits < (margin * mask_logits.abs().amax() if margin else 0)
     blocked = blocked & ~blocked.all(2, keepdim=True)
     return torch.where(blocked, float("-inf"), 0.0).unsqueeze(1)

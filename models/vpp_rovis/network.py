@@ -59,6 +59,7 @@ class VppRovis(PrunedHost):
     state_type = RovisState
     outputs_type = RovisOutputs
     dense_state = ("track_queries", "track_valid")
+    has_inner_decisions = True  # the decoder's attention masks
     host_state = {"track_queries": "queries", "track_valid": None}  # noqa: RUF012  # a class attribute of the base
 
     mean: Tensor
@@ -149,7 +150,10 @@ class VppRovis(PrunedHost):
         """
         maps, subset, (keys, keep_logits, kept) = self.backbone(image, state, token_budget, mode)
         features, memories = self.pixel_decoder(maps)
-        classes, masks, queries = self.mask_decoder(features, memories, state.track_queries, state.track_valid)
+        self.mask_decoder.margin = self.inner_margin
+        classes, masks, queries = self.mask_decoder(
+            features, self.pixel_decoder.mask_feature, memories, state.track_queries, state.track_valid
+        )
         next_state = RovisState(keys, keep_logits, kept, state.track_queries, state.track_valid)
         kept_stages, tokens_kept = self.token_counts(subset, mode)
         ok = state_ok(next_state, queries, mode)

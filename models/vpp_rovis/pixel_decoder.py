@@ -79,7 +79,10 @@ class PixelDecoder(nn.Module):
         self.register_buffer("positions", torch.cat(encoded), persistent=False)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Maps of strides 4, 8, 16, 32 -> mask features [B, C, H / 4, W / 4], memories [B, h * w, C] of 32, 16, 8."""
+        """Maps of strides 4, 8, 16, 32 -> map [B, C, H / 4, W / 4], memories [B, h * w, C] of strides 32, 16, 8.
+
+        ``mask_feature`` would make mask features of the map; the mask decoder applies it to its kernels instead.
+        """
         sizes = [height * width for height, width in self.shapes]
         level = torch.cat([row.expand(size, -1) for row, size in zip(self.level_encoding, sizes, strict=True)])
         position = self.positions + level
@@ -91,4 +94,4 @@ class PixelDecoder(nn.Module):
         coarse = memories[-1].transpose(1, 2).unflatten(2, self.shapes[-1])
         fine = self.lateral_conv(maps[0])
         fine = fine + F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
-        return self.mask_feature(F.relu(self.output_conv(fine))), memories
+        return F.relu(self.output_conv(fine)), memories
