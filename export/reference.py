@@ -51,12 +51,15 @@ def write_reference(
         arrays[f"{t}.image"] = frame
         outputs, state = oracle.run(image, before, budgets[default], mode)
         arrays |= _vectors(f"{t}.", oracle, outputs, budgets[default])
+        arrays |= _explained(f"{t}.", oracle.sensitivity(image, before, budgets[default], mode, outputs.kept_stages))
         # the state that this frame leaves is stored as the next frame's input; the last one's is not compared
         following = named_state(model, state, mode)
         for name in presets if t % PRESET_STRIDE == 0 else ():
             if name != default:
                 outputs, other = oracle.run(image, before, budgets[name], mode)
                 arrays |= _vectors(f"{name}:{t}.", oracle, outputs, budgets[name])
+                moved = oracle.sensitivity(image, before, budgets[name], mode, outputs.kept_stages)
+                arrays |= _explained(f"{name}:{t}.", moved)
                 arrays |= {
                     f"{name}:{t}.next.{field}": value
                     for field, value in named_state(model, other, mode).items()
@@ -73,3 +76,8 @@ def _vectors(prefix: str, oracle: Oracle, outputs: Any, budget: tuple[int, ...])
         stored = value[..., ::MASK_STRIDE, ::MASK_STRIDE] if name == "mask_logits" else value
         arrays[f"{prefix}output.{name}"] = stored.numpy()
     return arrays
+
+
+def _explained(prefix: str, moved: dict[str, float]) -> dict[str, NDArray[np.generic]]:
+    """How far near-ties inside the network move each output: an engine in fp32 may differ by as much more."""
+    return {f"{prefix}explained.{name}": np.array(value) for name, value in moved.items() if value}

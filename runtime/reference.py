@@ -283,7 +283,8 @@ def _compare_exactly(
         choice = compare_frame(got, {"kept_stages": want["kept_stages"]}, scores, counted, tolerance, tied)
         if choice.near_ties:
             return choice.near_ties
-    return compare_frame(got, want, scores, counted, tolerance, tied).near_ties
+    explained = {name: float(value) for name, value in _section(reference, f"{case.prefix}explained.").items()}
+    return compare_frame(got, want, scores, counted, tolerance, tied, explained).near_ties
 
 
 def _section(reference: Arrays, prefix: str) -> dict[str, NDArray[np.generic]]:

@@ -139,6 +139,20 @@ def test_vectors_of_another_preset_are_compared(changed_bundle):
         verify(folder)
 
 
+def test_near_ties_inside_the_network_explain_a_difference(changed_bundle):
+    """As much as torch itself moves when they fall the other way, and no more."""
+    folder, name = changed_bundle(), "0.70:4.output.mask_logits"
+
+    def change(arrays) -> None:
+        arrays.update({name: arrays[name] * 1.001, "0.70:4.explained.mask_logits": np.array(2e-3)})
+
+    change_vectors(folder, changed_bundle.rehash, change)
+    assert verify(folder).worst["mask_logits"] == pytest.approx(1e-3, rel=0.01)
+    change_vectors(folder, changed_bundle.rehash, lambda arrays: arrays.update({name: arrays[name] * 1.01}))
+    with pytest.raises(ExportMismatchError, match=r"budget 0.70: frame 4, .*mask_logits differs"):
+        verify(folder)
+
+
 def test_next_state_of_another_preset_is_compared(changed_bundle):
     folder, name = changed_bundle(), "0.70:4.next.prior.queries"
     change_vectors(folder, changed_bundle.rehash, lambda arrays: arrays.update({name: arrays[name] * 1.01}))
