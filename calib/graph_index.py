@@ -5,9 +5,6 @@ from __future__ import annotations
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
-_SCOPES = "pkg.torch.onnx.name_scopes"  # written by torch's exporter: the modules around an operator, outermost first
-_STEP = "model."  # the exported step holds the network under this name
-
 
 class GraphIndex:
     """What passes ask of a graph.
@@ -39,11 +36,11 @@ class GraphIndex:
 
 
 def module_of(node: NodeProto) -> str:
-    """The innermost module of the network that a node came from, as ``blocks.3.mlp.fc1``; its own name if unknown."""
-    notes = {note.key: note.value for note in node.metadata_props}
-    scopes = [scope.strip(" '\"") for scope in notes.get(_SCOPES, "").strip("[]").split(",")]
-    modules = [scope.removeprefix(_STEP) for scope in scopes if scope.startswith(_STEP)]
-    return modules[-1] if modules else node.name
+    """The innermost module of the network that a node came from, as ``blocks.3.mlp.fc1``; its own name if unknown.
+
+    Exported nodes are named ``MODULE/OPERATION``, see :mod:`export.node_names`.
+    """
+    return node.name.rpartition("/")[0] or node.name
 
 
 def check_graph(model: ModelProto) -> None:

@@ -15,11 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from calib.graph_index import GraphIndex, module_of
 from calib.linear_layers import linear_layers
 from calib.qdq import insert_qdq
+from export.engine import build_engines
+from export.engine_request import EngineRequest
 from export.lowered_bundle import Lowering, write_lowered
 from export.typed_graph import to_typed_graph
 from runtime.backend import load_engine
 from runtime.bundle import load_bundle
-from runtime.errors import BackendError, BackendUnavailableError, CalibrationError
+from runtime.errors import BackendUnavailableError, CalibrationError
 from runtime.manifest import GraphSpec
 
 needs_rtx = pytest.mark.skipif(
@@ -187,19 +189,16 @@ def test_backends_run_it(fp32, lowered, precision, rest, backend):
 @pytest.mark.parametrize("capability", ["sm86", "sm89", "sm120"])
 @pytest.mark.parametrize(("precision", "rest"), [("int8", "fp32"), ("int8", "fp16"), ("int8", "bf16"), ("fp8", "fp16")])
 def test_tensorrt_rtx_builds_it_where_the_gpu_has_it(lowered, precision, rest, capability):
-    from export.engine import build_rtx_plan
-    from runtime.device_precision import check_device_precision
-
     bundle = lowered(precision, rest)
-    usual = {"usual": bundle.manifest.presets["0.55"]}
+    request = EngineRequest({"usual": bundle.manifest.presets["0.55"]}, compute_capabilities=[capability])
     if (precision, capability) == ("fp8", "sm86"):
-        with pytest.raises(BackendError, match="fp8"):
-            build_rtx_plan(bundle, usual, [capability])
         with pytest.raises(BackendUnavailableError, match=r"sm86 \(Ampere\) has no fp8"):
-            check_device_precision(bundle.manifest, capability)
+            build_engines(bundle, "tensorrt-rtx", request)
         return
-    check_device_precision(bundle.manifest, capability)
-    assert build_rtx_plan(bundle, usual, [capability])
+    graph, baseline = build_engines(bundle, "tensorrt-rtx", request)
+    for engine in (graph, baseline):
+        assert engine.record.precision == precision
+        assert engine.record.asked[{"int8": "INT8", "fp8": "FP8"}[precision]] > 10
 
 
 @needs_rtx

@@ -249,7 +249,7 @@ def test_log_goes_to_stderr(cli, micro_bundle, clip):
 
 
 def test_the_commands_there_are():
-    assert set(COMMANDS) == {"export", "run", "verify", "profile", "inspect", "doctor"}
+    assert set(COMMANDS) == {"export", "calibrate", "build", "run", "verify", "profile", "inspect", "doctor"}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

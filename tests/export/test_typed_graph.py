@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib.graph_index import GraphIndex, check_graph, module_of
 from calib.samples import deviation, reference_samples
+from export.engine import build_engines
+from export.engine_request import EngineRequest
+from export.lowered_bundle import Lowering, write_lowered
 from export.typed_graph import KeepFp32, rounded_graph, to_typed_graph
 from runtime.bundle import load_bundle
 from runtime.manifest import GraphSpec
@@ -20,6 +24,7 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'"
 )
 KIND = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+KIND_NAME = {"fp16": "HALF", "bf16": "BF16"}  # in TensorRT
 NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 NO_STATE = GraphSpec(file="x.onnx", selection="none", inputs=(), outputs=(), state=())
 
@@ -59,6 +64,21 @@ def test_blocks_compute_low_and_the_ranking_in_fp32(graph, precision):
         assert types_read_by(index, "TopK").popitem()[1] == {TensorProto.FLOAT, TensorProto.INT64}
     assert all(KIND[precision] in kinds for kinds in types_read_by(index, "Gelu").values() if len(kinds) == 1) or fp32
     assert typed.low > 10 and str(typed.low) in str(typed)
+
+
+def test_sums_that_tell_whether_the_state_is_finite_stay_fp32(graph):
+    """The sum over all tokens of a picture of 960 x 544 is beyond 65504."""
+    index = GraphIndex(to_typed_graph(*graph, "fp16").model)
+    waiting, sums = ["state_ok"], 0
+    while waiting:
+        node = index.producers.get(waiting.pop())
+        if node is not None and node.op_type == "ReduceSum":
+            sums += 1
+        elif node is not None:
+            kinds = {name: index.type_of(name) for name in node.input if name}
+            assert TensorProto.FLOAT16 not in kinds.values(), node.name
+            waiting += [name for name, kind in kinds.items() if kind in (TensorProto.FLOAT, TensorProto.BOOL)]
+    assert sums >= 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -182,13 +202,12 @@ def test_invalid_graph_is_refused():
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("capability", ["sm86", "sm89", "sm120"])
 def test_tensorrt_rtx_builds_it(micro_bundle, tmp_path, precision, capability):
-    from export.engine import build_rtx_plan
-    from export.lowered_bundle import Lowering, write_lowered
-
-    bundle = load_bundle(micro_bundle)
-    write_lowered(bundle, tmp_path, Lowering(precision))
-    lowered = load_bundle(tmp_path)
+    bundle = load_bundle(shutil.copytree(micro_bundle, tmp_path / "fp32"))
+    (tmp_path / "low").mkdir()
+    write_lowered(bundle, tmp_path / "low", Lowering(precision))
+    lowered = load_bundle(tmp_path / "low")
     assert (lowered.manifest.precision, lowered.manifest.rest_precision) == (precision, precision)
-    usual = bundle.manifest.presets["0.55"]
-    plan = build_rtx_plan(lowered, {"usual": usual}, [capability])
-    assert len(plan) < len(build_rtx_plan(bundle, {"usual": usual}, [capability])), "no smaller than in fp32"
+    request = EngineRequest({"usual": bundle.manifest.presets["0.55"]}, compute_capabilities=[capability])
+    low, fp32 = (build_engines(one, "tensorrt-rtx", request)[0].record for one in (lowered, bundle))
+    assert low.plan_bytes < fp32.plan_bytes
+    assert KIND_NAME[precision] in low.asked and set(fp32.asked) == {"FLOAT"}

@@ -179,7 +179,8 @@ def test_the_real_commands_on_this_machine(own_bundle, tmp_path, monkeypatch):
     assert [row["name"] for row in main.profile.result["rows"]][:2] == ["dense", "keep 0.40"]
     for (backend, precision), trial in found.items():
         assert precision in (*PRECISIONS.get(backend, ()), None)
-        assert trial.state != "not here" or "nstall" in trial.reason or "bf16" in trial.reason, trial
+        told = ("nstall", "bf16", "no NVIDIA GPU")
+        assert trial.state != "not here" or any(words in trial.reason for words in told), trial
     findings = {finding["what"] for finding in report.findings}
     assert {"machine", "backend onnxruntime", "tensorrt"} <= findings
 

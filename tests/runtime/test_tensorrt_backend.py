@@ -116,7 +116,7 @@ def test_every_version_builds_loads_and_streams(bundle, machine, version):
     images, budgets = pictures(9), [RESET, *[USUAL] * 5, *[SMALL] * 3]
     engine = load_engine(bundle, backend=device.backend)
     assert_same(run(engine.open_stream(), images, budgets), expected(bundle, images, budgets))
-    assert str(engine.report) == f"{version} on NVIDIA GeForce RTX 4090 (sm89), fp32"
+    assert str(engine.report) == f"{version} on NVIDIA GeForce RTX 4090 (sm89)"
 
 
 @pytest.mark.parametrize("missing", ["execute_async_v3", "set_device_memory", "get_device_memory_size_for_profile_v2"])
@@ -353,7 +353,6 @@ def test_budget_that_was_not_built_names_those_that_were(bundle, machine):
     device = machine()
     built(bundle, device)
     engine = load_engine(bundle, backend="tensorrt")
-    assert set(engine.budgets) == {USUAL, SMALL, RESET, (60, *SMALL[1:])}
     with pytest.raises(TokenBudgetError, match=r"9,9,9,9(.|\n)*42,33,26,21 \(usual\)(.|\n)*--token-budget 9,9,9,9"):
         engine.open_stream().run((9, 9, 9, 9))
 
