@@ -13,7 +13,8 @@ SELECTOR_STATE: dict[str, tuple[str, ...]] = {
     "difference": ("keys",),
     "random": ("draw",),
 }
-PRUNED = ("stale", "reuse", "background")  # see VppEoConfig.pruned
+PRUNED = ("stale", "adapted", "reuse", "background")  # see VppEoConfig.pruned
+OF_THIS_FRAME = ("stale", "adapted")  # those that take nothing from the frame before
 IMAGE_ONLY = ("svit", "dynamicvit")
 LARGEST_REFRESH = 50
 
@@ -68,6 +69,7 @@ class VppEoConfig(SelectionStages):
         mean, std: Normalisation of RGB values in [0, 1].
         selector: What decides which patches are computed: a key of :data:`SELECTOR_STATE`.
         pruned: What the mask head sees of a token that was dropped. ``stale``: the value that it had then (published).
+            ``adapted``: that, moved by a small network towards what the blocks that it missed would have made of it.
             ``reuse``: its final features of the frame before. ``background``: those, but only where the frame before
             saw no object, so that an object that has moved on leaves no ghost.
         refresh: Percent of the last stage's tokens, 0 to 50, that go to those that waited longest.
@@ -112,7 +114,7 @@ class VppEoConfig(SelectionStages):
     @property
     def selection_state(self) -> tuple[str, ...]:
         """Fields of the state that selecting needs."""
-        extra = {"stale": (), "reuse": ("final",), "background": ("final", "focus")}[self.pruned]
+        extra = {"stale": (), "adapted": (), "reuse": ("final",), "background": ("final", "focus")}[self.pruned]
         age = ("age",) if self.refresh else ()
         return tuple(dict.fromkeys((*SELECTOR_STATE[self.selector], *extra, *age)))
 

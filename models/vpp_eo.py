@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import selection
-from models.configs import IMAGE_ONLY, VppEoConfig
+from models.configs import IMAGE_ONLY, OF_THIS_FRAME, VppEoConfig
 from models.pruned_host import KeepPredictor, MapSelector, Outputs, PrunedHost, Selection, count_of, state_ok
 from models.selectors import NOTHING, Ranking, Refresh, first_draw, make_selector, mask_focus, next_draw
 from models.token_subset import TokenSubset
@@ -99,6 +99,24 @@ class MaskHead(nn.Module):
         return self.classify(queries), logits
 
 
+class ExitAdapter(nn.Module):
+    """Stands for the blocks that a dropped token missed: one hidden layer that knows at which stage it was dropped.
+
+    A mask head reads all tokens alike; without this it finds, side by side, features of 1, 3, 6, 9 and 12 blocks.
+    Starts as the identity.
+    """
+
+    def __init__(self, dim: int, stages: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, dim)
+        self.stage_bias = nn.Parameter(torch.zeros(stages + 1, dim))
+
+    def forward(self, x: Tensor, kept_stages: Tensor) -> Tensor:
+        """Tokens [B, N, C] and the stages that each has passed, int64 [B, N] -> [B, N, C]."""
+        return x + self.mlp(self.norm(x) + self.stage_bias[kept_stages])
+
+
 class VppEo(PrunedHost):
     """Encoder-only VPP network for one image size.
 
@@ -126,6 +144,7 @@ class VppEo(PrunedHost):
         else:
             self.selector = make_selector(config.selector, dim, config.stages)
         self.refresh = Refresh(self.patch_count, config.refresh) if config.refresh else None
+        self.exit_adapter = ExitAdapter(dim, config.stages) if config.pruned == "adapted" else None
         self.queries = nn.Parameter(torch.zeros(config.queries, dim))
         self.query_update = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim))
         self.mask_head = MaskHead(config, self.patch_grid)
@@ -137,6 +156,8 @@ class VppEo(PrunedHost):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if self.exit_adapter is not None:
+            nn.init.zeros_(self.exit_adapter.mlp.fc2.weight)
         nn.init.normal_(self.queries, std=0.5)
         with torch.no_grad():
             self.pos_embed.copy_(0.5 * sincos_pos_embed(self.patch_grid, dim))
@@ -164,7 +185,7 @@ class VppEo(PrunedHost):
     def budget_rule(self) -> BudgetRule:
         """Which budgets the network takes; one that re-uses features computes every token without a prior."""
         stages = self.config.stages
-        reset_stages = 1 if self.config.pruned == "stale" else stages
+        reset_stages = 1 if self.config.pruned in OF_THIS_FRAME else stages
         return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages)
 
     @property
@@ -240,12 +261,15 @@ class VppEo(PrunedHost):
             return scores
         return torch.where(subset.take(ranking.refreshed), float("inf"), scores)
 
-    def instead_of_dropped(self, state: State, last: Tensor) -> Tensor | None:
+    def instead_of_dropped(self, state: State, last: Tensor, kept_stages: Tensor) -> Tensor | None:
         """Final features [B, N, C] for tokens that are dropped; None for the values that they had then.
 
         Args:
             last: Those values, [B, N, C].
+            kept_stages: Selection stages that each token passed, int64 [B, N].
         """
+        if self.exit_adapter is not None:
+            return self.exit_adapter(last, kept_stages)
         if self.config.pruned == "background":
             return torch.where(state.focus.unsqueeze(2) > 0, last, state.final)
         return state.final
@@ -302,11 +326,12 @@ class VppEo(PrunedHost):
             if number == config.prior_block and mode is not Selection.NONE and config.selector == "vpp":
                 keep_logits, prior_kept = self.prior(subset)
 
-        final = subset.merged(None if mode is Selection.NONE else self.instead_of_dropped(state, subset.dense))
-        class_logits, mask_logits = self.mask_head(final, queries)
         kept_stages, tokens_kept = self.token_counts(subset, mode)
+        selecting = mode is not Selection.NONE
+        final = subset.merged(self.instead_of_dropped(state, subset.dense, kept_stages) if selecting else None)
+        class_logits, mask_logits = self.mask_head(final, queries)
         next_state = state._replace(queries=self.next_queries(queries))
-        if mode is not Selection.NONE:
+        if selecting:
             next_state = next_state._replace(keys=keys, keep_logits=keep_logits, kept=prior_kept, final=final)
             next_state = self.next_memory(next_state, kept_stages == config.stages, class_logits, mask_logits)
         ok = state_ok(next_state, next_state.queries, mode)

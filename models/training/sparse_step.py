@@ -62,6 +62,7 @@ def masked_step(
     x, queries = model.embed(image), state.queries
     keys, keep_logits, kept = state.keys, state.keep_logits, state.kept
     mask: Tensor | None = None
+    kept_stages = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     ranking = Ranking(None, None)
     selecting = token_budget is not None
 
@@ -77,13 +78,14 @@ def masked_step(
                     mask = _top_mask(score, ranking.refreshed, token_budget[:, stage], mask)
                 if stage > 0 and ranking.scores is None:
                     trace.focus_scores.append(_predict(model, stage, x.detach(), mask_before, state))
+            kept_stages = kept_stages + (1 if mask is None else (mask.detach() > 0.5).long())
         joined = number >= config.query_block
         x, queries = _masked_block(block, x, mask, queries if joined else None, queries)
         if number == config.prior_block and selecting and config.selector == "vpp":
             keep_logits, kept = model.map_selector.predictor(x), mask.detach() > 0.5
             trace.focus_scores.append(selection.keep_score(model.map_selector.predictor(x.detach())))
         if joined:
-            others = model.instead_of_dropped(state, x) if selecting else None
+            others = model.instead_of_dropped(state, x, kept_stages) if selecting else None
             trace.features = _filled(x, mask, others)
             trace.predictions.append(model.mask_head(trace.features, queries))
 
