@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = [
     ("vpp", "background", 30),
+    ("vpp", "adapted", 0),
     ("svit", "stale", 0),
     ("dynamicvit", "reuse", 0),
     ("masks", "background", 50),

@@ -24,7 +24,7 @@ KINDS = [
     (name, pruned, refresh)
     for name in SELECTOR_STATE
     for pruned, refresh in (("stale", 0), ("reuse", 0), ("background", 40))
-]
+] + [("vpp", "adapted", 20)]
 every_kind = pytest.mark.parametrize(("name", "pruned", "refresh"), KINDS)
 
 
@@ -67,7 +67,7 @@ def run(model: VppEo, images: torch.Tensor, ratio: float) -> list:
 @every_kind
 def test_state_holds_what_the_selector_needs_and_no_more(name, pruned, refresh):
     model = network(name, pruned, refresh)
-    extra = {"stale": set(), "reuse": {"final"}, "background": {"final", "focus"}}[pruned]
+    extra = {"stale": set(), "adapted": set(), "reuse": {"final"}, "background": {"final", "focus"}}[pruned]
     want = {*SELECTOR_STATE[name], "queries", *extra, *(["age"] if refresh else [])}
     assert set(model.initial_state(2).tensors()) == set(model.state_fields(Selection.BUDGET)) == want
     (_, state) = run(model, clip(1, 2), 0.55)[0]
@@ -143,9 +143,29 @@ def test_where_an_object_was_the_old_value_stands_for_a_dropped_token():
     assert (finals["background"][dropped & old_object] != state.final[0, dropped & old_object]).any(1).all()
 
 
+def test_adapter_starts_as_the_identity_and_then_moves_dropped_tokens_alone():
+    """Weights of a network trained with ``stale`` go on unchanged."""
+    stale, images = network("vpp"), clip(2)
+    adapted = stale.with_selection("vpp", "adapted", 0).eval().requires_grad_(False)
+    for (want, _), (got, _) in zip(run(stale, images, 0.4), run(adapted, images, 0.4), strict=True):
+        torch.testing.assert_close(got.mask_logits, want.mask_logits)
+    adapter = adapted.exit_adapter
+    last, kept_stages = torch.randn(1, PATCHES, adapted.config.embed_dim), torch.arange(PATCHES)[None] % 5
+    adapter.mlp.fc2.weight.normal_()
+    adapter.stage_bias.normal_()
+    moved = adapter(last, kept_stages)
+    assert ((moved - last).abs().amax(2) > 1e-3).all()
+    other = adapter(last, (kept_stages + 1) % 5)
+    assert ((moved - other).abs().amax(2) > 1e-3).all()  # the stage at which a token was dropped matters
+    full = [outputs.mask_logits for outputs, _ in run(adapted, images, 1.0)]
+    for got, (want, _) in zip(full, run(stale, images, 1.0), strict=True):
+        torch.testing.assert_close(got, want.mask_logits)  # nothing was dropped
+
+
 def test_frame_without_a_prior_computes_every_token_where_features_are_reused():
     assert budgets(network("vpp", "reuse"), 0.4, t=0) == (PATCHES,) * 4
-    assert budgets(network("vpp"), 0.4, t=0) == (PATCHES, *token_budget(PATCHES, 0.4)[1:])
+    for pruned in ("stale", "adapted"):
+        assert budgets(network("vpp", pruned), 0.4, t=0) == (PATCHES, *token_budget(PATCHES, 0.4)[1:])
 
 
 @pytest.mark.parametrize("name", ["svit", "dynamicvit"])
