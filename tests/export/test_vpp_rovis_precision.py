@@ -6,10 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from published_files import IMAGE_SIZE, reference, reference_weights, save_published
 
 from calib.samples import reference_samples
-from export.bundle_writer import ExportRequest, export_bundle
 from export.calibrated_bundle import CalibrationRequest, calibrate_bundle
 from export.lowered_bundle import Lowering, write_lowered
 from export.reference import synthetic_frames
@@ -21,11 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Bundle:
-    folder = tmp_path_factory.mktemp("rovis-precision")
-    checkpoint = save_published(folder / "epoch_6.pth", reference_weights(reference()))
-    export_bundle(ExportRequest(checkpoint, folder / "fp32", model="vpp-rovis", image_size=IMAGE_SIZE, baseline=False))
-    return load_bundle(folder / "fp32")
+def published(published_bundle) -> Bundle:
+    return load_bundle(published_bundle)
 
 
 def stream_is_whole(bundle: Bundle) -> bool:
