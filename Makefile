@@ -31,7 +31,6 @@ check: install
 
 test: check
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest tests/runtime/test_report.py
 
 test-fast: install
 	$(BIN)/pytest -n 2 -m "not slow"

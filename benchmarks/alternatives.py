@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import torch
 import typer
 
@@ -30,6 +29,7 @@ from models.pruned_host import Selection
 from models.vpp_eo import VppEo
 from runtime.backend import load_engine
 from runtime.bundle import Bundle
+from runtime.openvino_core import openvino_core
 from runtime.profiling.latency import Distribution, Task, measure_in_turn, stepper
 
 PACKAGES = ("torch", "onnxruntime", "openvino")
@@ -62,7 +62,7 @@ def openvino_task(path: Path, inputs: dict[str, Any], threads: int, precision: s
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision,
     }
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(path)
     model.reshape({name: list(value.shape) for name, value in inputs.items()})
     request = core.compile_model(model, "CPU", config).create_infer_request()

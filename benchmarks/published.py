@@ -27,6 +27,7 @@ from models.vpp_rovis.published import load_published
 from runtime.backend import StreamBuffers, load_engine
 from runtime.budget import reset_budget
 from runtime.bundle import Bundle, load_bundle
+from runtime.openvino_core import computes_in_bf16
 from tests.models import published_vpp as plain
 from tests.models.published_files import random_published, save_published
 
@@ -103,10 +104,7 @@ def graph_rows(bundle: Bundle, threads: int) -> dict[str, Callable[[], object]]:
 
 def backends() -> list[tuple[str, str | None]]:
     """Backend and precision of each group of rows."""
-    import openvino
-
-    bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return [("onnxruntime", None), ("openvino", "fp32"), *([("openvino", "bf16")] if bf16 else [])]
+    return [("onnxruntime", None), ("openvino", "fp32"), *([("openvino", "bf16")] if computes_in_bf16() else [])]
 
 
 def measure(rows: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, list[float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
@@ -33,6 +35,21 @@ class GraphIndex:
     def type_of(self, tensor: str) -> int:
         """``TensorProto.DataType`` of a tensor."""
         return self._types.get(tensor, TensorProto.UNDEFINED)
+
+    def with_nodes(self, nodes: Sequence[NodeProto], stored: Iterable[TensorProto]) -> ModelProto:
+        """A copy of the graph with other nodes.
+
+        Args:
+            stored: Tensors that the nodes read beside those of the graph; of both, only what is read stays.
+        """
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        graph = model.graph
+        del graph.node[:], graph.value_info[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        read = {name for node in nodes for name in node.input}
+        graph.initializer.extend(tensor for tensor in (*self.initializers.values(), *stored) if tensor.name in read)
+        return model
 
 
 def module_of(node: NodeProto) -> str:

@@ -93,7 +93,7 @@ class _Insertion:
                 copy.input[0] = self._input_pair(layer, ranges[layer.name], dtype)
                 copy.input[1] = self._weight(layer, dtype)
             self.nodes.append(copy)
-        return self._assembled()
+        return self.index.with_nodes(self.nodes, self.stored.values())
 
     def _input_pair(self, layer: LinearLayer, largest: float, dtype: int) -> str:
         name = f"{layer.input}/{layer.name}"
@@ -138,14 +138,3 @@ class _Insertion:
         kind = helper.tensor_dtype_to_np_dtype(QUANTIZED_TYPES[self.precision])
         self.stored[name] = numpy_helper.from_array(np.zeros(shape, kind), name)
         return name
-
-    def _assembled(self) -> ModelProto:
-        model = ModelProto()
-        model.CopyFrom(self.index.model)
-        graph = model.graph
-        del graph.node[:], graph.value_info[:], graph.initializer[:]
-        graph.node.extend(self.nodes)
-        read = {name for node in self.nodes for name in node.input}
-        stored = [*self.index.model.graph.initializer, *self.stored.values()]
-        graph.initializer.extend(tensor for tensor in stored if tensor.name in read)
-        return model

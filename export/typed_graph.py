@@ -5,7 +5,6 @@ TensorRT 11 has no precision flags: a tensor's type is what it is computed in. I
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,7 +121,7 @@ class _Typing:
                 self._add(node)
             else:
                 self.nodes.append(self._with_inputs(node, low=False))
-        self.result.model = self._assembled()
+        self.result.model = self.index.with_nodes(self.nodes, self.stored)
         return self.result
 
     def _is_float(self, node: NodeProto) -> bool:
@@ -221,24 +220,10 @@ class _Typing:
             self.stored.append(numpy_helper.from_array(values.astype(low_dtype(self.precision)), target))
         return target
 
-    def _assembled(self) -> ModelProto:
-        model = ModelProto()
-        model.CopyFrom(self.index.model)
-        graph = model.graph
-        del graph.node[:], graph.value_info[:], graph.initializer[:]
-        graph.node.extend(self.nodes)
-        graph.initializer.extend(_read_by(self.nodes, [*self.index.model.graph.initializer, *self.stored]))
-        return model
-
 
 def low_dtype(precision: str) -> np.dtype[np.generic]:
     """The numpy type of ``fp16`` or ``bf16``."""
     return np.dtype(helper.tensor_dtype_to_np_dtype(LOW_TYPES[precision]))
-
-
-def _read_by(nodes: Iterable[NodeProto], tensors: Iterable[TensorProto]) -> list[TensorProto]:
-    names = {name for node in nodes for name in node.input}
-    return [tensor for tensor in tensors if tensor.name in names]
 
 
 def rounded_graph(model: ModelProto) -> ModelProto:
@@ -249,25 +234,24 @@ def rounded_graph(model: ModelProto) -> ModelProto:
     """
     index = GraphIndex(model)
     low_types = set(LOW_TYPES.values())
-    rounded = ModelProto()
-    rounded.CopyFrom(model)
-    graph = rounded.graph
-    del graph.node[:], graph.value_info[:], graph.initializer[:]
-    graph.initializer.extend(_in_fp32(tensor) for tensor in model.graph.initializer)
+    nodes: list[NodeProto] = []
     for node in model.graph.node:
         kinds = {name: index.type_of(name) for name in node.output}
         copy = NodeProto()
         copy.CopyFrom(node)
         if node.op_type == "Cast" and copy.attribute[0].i in low_types:
             copy.attribute[0].i = TensorProto.FLOAT
-        graph.node.append(copy)
+        nodes.append(copy)
         for place, (name, kind) in enumerate(kinds.items()):
             if kind in low_types:
                 copy.output[place] = f"{name}/exact"
                 low = helper.make_node("Cast", [f"{name}/exact"], [f"{name}/rounded"], f"round/{name}", to=kind)
                 back = helper.make_node("Cast", [f"{name}/rounded"], [name], f"widen/{name}", to=TensorProto.FLOAT)
-                graph.node[-1].CopyFrom(copy)
-                graph.node.extend([low, back])
+                nodes.extend([low, back])
+    rounded = index.with_nodes(nodes, [])
+    stored = [_in_fp32(tensor) for tensor in rounded.graph.initializer]
+    del rounded.graph.initializer[:]
+    rounded.graph.initializer.extend(stored)
     check_graph(rounded)
     return rounded
 

@@ -16,6 +16,7 @@ from typing import Literal
 from runtime.cuda import find_gpu
 from runtime.errors import BackendUnavailableError
 from runtime.onnxruntime_backend import preload_cuda
+from runtime.openvino_core import computes_in_bf16, openvino_core
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,15 @@ def _try_provider(onnxruntime, name: str, provider: str) -> Finding:  # type: ig
 def _openvino() -> Finding:
     """Run a one-node graph, and say whether this CPU computes in bf16."""
     try:
-        import openvino
-    except ImportError as error:
-        return Finding("missing", "backend openvino", f"{error}. pip install '.[openvino]'")
+        core = openvino_core()
+    except BackendUnavailableError as error:
+        return Finding("missing", "backend openvino", str(error))
     try:
-        core = openvino.Core()
         core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer()
-        bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        bf16 = computes_in_bf16()
     except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
         return Finding("problem", "backend openvino", f"installed, but fails: {str(error).splitlines()[0]}")
-    number = openvino.__version__.split("-")[0]
+    number = _version("openvino")
     return Finding("ok", "backend openvino", f"{number}, fp32{' and bf16' if bf16 else ''} on the CPU")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from runtime.backend import EngineReport
 from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.manifest import GraphSpec
+from runtime.openvino_core import DEVICE, computes_in_bf16, openvino_core
 from runtime.openvino_rewrites import keep_fp32, replace_arg_max
 
 if TYPE_CHECKING:
     import openvino as ov
 
-_DEVICE = "CPU"
 _LARGEST_BATCH = 4  # a frame takes less time in a batch of 4 than alone: benchmarks/results/cameras-vpp-eo-tiny.json
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -45,11 +46,10 @@ class OpenVinoEngine:
         precision: str = "fp32",
         count_layers: bool = False,
     ) -> None:
-        openvino = _import_openvino()
+        self._core = openvino_core()
         if precision not in _HINTS:
             raise BackendUnavailableError(f"openvino computes in {' or '.join(_HINTS)}, not in {precision}.")
-        self._core = openvino.Core()
-        if precision == "bf16" and "BF16" not in self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bf16" and not computes_in_bf16():
             raise BackendUnavailableError(
                 "this CPU has no bf16 arithmetic (AMX or AVX512-BF16), OpenVINO would only imitate it. Use fp32."
             )
@@ -62,9 +62,9 @@ class OpenVinoEngine:
         if threads:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._bundle, self.graph = bundle, graph
-        number = openvino.__version__.split("-")[0]
+        number = version("openvino")
         self.report = EngineReport(
-            "openvino", number, f"{_DEVICE} in {precision}", threads, precision, largest_batch=_LARGEST_BATCH
+            "openvino", number, f"{DEVICE} in {precision}", threads, precision, largest_batch=_LARGEST_BATCH
         )
         self._compiled: dict[int, ov.CompiledModel] = {}
         self.compiled(1)
@@ -79,7 +79,7 @@ class OpenVinoEngine:
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model, maxima)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})
-                self._compiled[batch] = self._core.compile_model(model, _DEVICE, self._config)
+                self._compiled[batch] = self._core.compile_model(model, DEVICE, self._config)
             except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
                 raise BackendError(f"OpenVINO cannot load {path}: {_first_lines(error)}") from error
         return self._compiled[batch]
@@ -175,14 +175,6 @@ class OpenVinoBuffers:
                     f"{name} is {target.dtype} {list(target.shape)}, got {value.dtype} {list(value.shape)}"
                 )
             target[:] = value
-
-
-def _import_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendUnavailableError("OpenVINO is not installed. Install it: pip install openvino") from error
-    return openvino
 
 
 def _first_lines(error: Exception) -> str:

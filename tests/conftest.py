@@ -85,6 +85,33 @@ def threshold_bundle(shared_folder: Path, micro_checkpoint: Path) -> Path:
     return _once(request.output, lambda folder: export_bundle(request) and None)
 
 
+@pytest.fixture(scope="session")
+def published_checkpoint(shared_folder: Path) -> Path:
+    """A file of the published network, micro size, with the weights of its reference vectors."""
+    from published_files import reference, reference_weights, save_published
+
+    def make(folder: Path) -> None:
+        partial = folder.with_suffix(".making")
+        partial.mkdir()
+        save_published(partial / "epoch_6.pth", reference_weights(reference()))
+        partial.rename(folder)
+
+    return _once(shared_folder / "published", make) / "epoch_6.pth"
+
+
+@pytest.fixture(scope="session")
+def published_bundle(shared_folder: Path, published_checkpoint: Path) -> Path:
+    """The bundle of :func:`published_checkpoint`. Read only: copy it to change it."""
+    from published_files import IMAGE_SIZE
+
+    from export.bundle_writer import ExportRequest, export_bundle
+
+    request = ExportRequest(
+        published_checkpoint, shared_folder / "published-bundle", model="vpp-rovis", image_size=IMAGE_SIZE
+    )
+    return _once(request.output, lambda folder: export_bundle(request) and None)
+
+
 @pytest.fixture
 def drifting_frames() -> Callable[..., list[NDArray[np.uint8]]]:
     """``drifting_frames(count, size=SIZE, seed=0)``: smooth patterns that move, uint8 [H, W, 3] each."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError
+from runtime.openvino_core import openvino_core
 
 SIDES = (512, 2048)  # of the matrices: the small ones stay in the caches, the large ones fill a GPU
 COPY_BYTES = 128 << 20  # well above the caches of the CPUs that this runs on
@@ -104,7 +105,7 @@ def _onnxruntime(provider: str) -> ProductFactory:
 def _openvino(side: int, threads: int, precision: str | None) -> Callable[[], object]:
     import openvino
 
-    core = openvino.Core()
+    core = openvino_core()
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": {"bf16": "bf16"}.get(precision or "fp32", "f32")}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads

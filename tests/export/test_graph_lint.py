@@ -36,15 +36,14 @@ def exported(bundle: Bundle, spec: GraphSpec) -> Exported:
 
 
 @pytest.fixture(scope="module")
-def rovis(tmp_path_factory) -> dict[str, Exported]:
+def rovis(published_checkpoint, tmp_path_factory) -> dict[str, Exported]:
     """vpp-rovis with random weights, at the size of its reference vectors."""
-    from published_files import IMAGE_SIZE, reference, reference_weights, save_published
+    from published_files import IMAGE_SIZE
 
     from models.vpp_rovis.published import load_published
 
     folder = tmp_path_factory.mktemp("rovis-graphs")
-    checkpoint = save_published(folder / "epoch_6.pth", reference_weights(reference()))
-    model = load_published(checkpoint).at_image_size(IMAGE_SIZE)
+    model = load_published(published_checkpoint).at_image_size(IMAGE_SIZE)
     made = {}
     for mode in (Selection.BUDGET, Selection.THRESHOLD):
         path = folder / f"{mode.value}.onnx"

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import warnings
+from shutil import copytree
 from types import ModuleType
 
 import numpy as np
@@ -45,11 +46,6 @@ def vectors() -> dict[str, np.ndarray]:
     return reference()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(vectors, tmp_path_factory):
-    return save_published(tmp_path_factory.mktemp("published") / "epoch_6.pth", reference_weights(vectors))
-
-
 def float_graph(checkpoint, path, mode: Selection) -> onnxruntime.InferenceSession:
     """The step for pictures that are normalised already, as the reference vectors have them."""
     model = load_published(checkpoint).at_image_size(IMAGE_SIZE)
@@ -69,10 +65,10 @@ def float_graph(checkpoint, path, mode: Selection) -> onnxruntime.InferenceSessi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [Selection.THRESHOLD, Selection.BUDGET])
-def test_stream_through_onnx_runtime_equals_the_published_one(vectors, checkpoint, tmp_path, mode):
+def test_stream_through_onnx_runtime_equals_the_published_one(vectors, published_checkpoint, tmp_path, mode):
     """Every frame from its own past: the graph's state, and the queries that the tracker chose."""
-    session = float_graph(checkpoint, tmp_path / "model.onnx", mode)
-    model = load_published(checkpoint).at_image_size(IMAGE_SIZE)
+    session = float_graph(published_checkpoint, tmp_path / "model.onnx", mode)
+    model = load_published(published_checkpoint).at_image_size(IMAGE_SIZE)
     names = step_interface(model, mode).output_names
     tracker = TrackQueryTracker(
         TrackQuerySettings(learned_queries=20), model.config.track_queries, model.config.feature_dim, IMAGE_SIZE
@@ -102,10 +98,9 @@ def test_stream_through_onnx_runtime_equals_the_published_one(vectors, checkpoin
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rovis") / "bundle"
-    export_bundle(ExportRequest(checkpoint, folder, model="vpp-rovis", image_size=IMAGE_SIZE))
-    return load_bundle(folder)
+def bundle(published_bundle, tmp_path_factory):
+    """A copy: engines are built into it."""
+    return load_bundle(copytree(published_bundle, tmp_path_factory.mktemp("rovis") / "bundle"))
 
 
 @pytest.mark.slow
@@ -128,11 +123,11 @@ def test_bundle_verifies_and_streams(bundle):
 
 
 @pytest.mark.slow
-def test_near_ties_of_the_attention_masks_explain_a_difference(bundle, checkpoint, monkeypatch):
+def test_near_ties_of_the_attention_masks_explain_a_difference(bundle, published_checkpoint, monkeypatch):
     """Torch cuts its attention masks a little beside 0, as another rounding would; values of the graph differ then."""
     cut = mask_decoder._blocked_bias
     monkeypatch.setattr(mask_decoder, "_blocked_bias", lambda logits, margin=0.0: cut(logits, margin + 0.02))
-    model, engine = load_published(checkpoint).at_image_size(IMAGE_SIZE), load_engine(bundle)
+    model, engine = load_published(published_checkpoint).at_image_size(IMAGE_SIZE), load_engine(bundle)
     budget = bundle.manifest.presets["0.55"]
     with pytest.raises(ExportMismatchError, match="logits differs by"):
         check_parity(model, engine, synthetic_frames(IMAGE_SIZE, 2), budget)

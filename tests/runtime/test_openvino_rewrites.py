@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from runtime.openvino_core import computes_in_bf16, openvino_core
 from runtime.openvino_rewrites import keep_fp32, replace_arg_max
 
 ov = pytest.importorskip("openvino")
 ops = pytest.importorskip("openvino.opset13")
 
-has_bf16 = pytest.mark.skipif(
-    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bf16"
-)
+has_bf16 = pytest.mark.skipif(not computes_in_bf16(), reason="this CPU has no bf16")
 
 
 def arg_max_model(columns: int, *, mode: str = "max", axis: int = -1, count: int = 1, values: bool = False):
@@ -31,7 +30,7 @@ def sorts(model) -> int:
 
 REWRITTEN = arg_max_model(7)
 MAXIMA = replace_arg_max(REWRITTEN)
-COMPILED = ov.compile_model(REWRITTEN, "CPU")
+COMPILED = openvino_core().compile_model(REWRITTEN, "CPU")
 
 
 @settings(deadline=None)
@@ -59,7 +58,7 @@ def test_what_is_no_arg_max_stays(other):
 
 def precision_of_map_sm(bundle, *, keep: bool) -> str:
     """What Map-SM's product runs in where bf16 is asked for; others have to run in bf16."""
-    core = ov.Core()
+    core = openvino_core()
     model = core.read_model(str(bundle.path(bundle.manifest.graph)))
     maxima = replace_arg_max(model)
     assert len(maxima) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,10 +22,7 @@ from runtime.profiling.report import report_file, report_html
 from runtime.profiling.tables import tables
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # a worker that has loaded every runtime died when it started a browser
-needs_browser = pytest.mark.skipif(
-    BROWSER is None or not ALONE, reason="needs a browser (apt-get install chromium) and a process of its own (-n 0)"
-)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
 
 # Replaces the page by what a reader's window would show: widths, and letters that lie outside their plot.
 PROBE = """<script>addEventListener("load", () => {
