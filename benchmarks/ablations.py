@@ -1,4 +1,4 @@
-"""What a score over whole videos hides: after a cut, entering objects, a slow camera, a long run, the way of selecting.
+"""What a score over whole videos hides: cuts, entering objects, a slow camera, key frames, a long run, the threshold.
 
     python -m benchmarks.ablations DATA CHECKPOINT --name vpp-stale --dense dense.safetensors --work build/accuracy
 
@@ -25,10 +25,12 @@ from models.training.scenes import write_youtube_vis
 from models.training.track_windows import Window, after_cuts, cut_out, detection_delays
 from models.training.validation import CLIP_STRIDE, SCENES
 from runtime.bundle import Bundle, load_bundle
+from runtime.stream import PreparedFrame, Stream, Turn
 
 RATIOS = (0.55, 0.40)
 AFTER_CUT = 3  # frames
 LONG = 300  # frames of a clip in the drift test
+KEY_FRAME_PERIODS = (8, 32)  # frames from one that computes all tokens to the next
 LONG_SEED = 4  # of its scenes, which nothing else uses
 
 Rows = dict[str, list[dict[str, Any]]]  # results by the name of the row
@@ -43,6 +45,19 @@ class Thinned(YouTubeVisSet):
         self.truth, _ = cut_out(whole.truth, [], windows)
         self.category_ids = whole.category_ids
         self.clips = [replace(clip, id=number, names=clip.names[::every]) for number, clip in enumerate(whole.clips, 1)]
+
+
+def key_frames(every: int) -> type[Stream]:
+    """A stream that computes all tokens in every n-th frame."""
+
+    class KeyFrames(Stream):
+        def begin(self, prepared: PreparedFrame, started_s: float) -> Turn:
+            turn = super().begin(prepared, started_s)
+            if prepared.frame.index % every:
+                return turn
+            return replace(turn, budget=(self.bundle.manifest.patch_count,) * len(turn.budget))
+
+    return KeyFrames
 
 
 def results_of(bundles: dict[str, Bundle], data: YouTubeVisSet, folder: Path, threads: int) -> Rows:
@@ -82,6 +97,18 @@ def delays(truth: dict[str, Any], rows: Rows) -> dict[str, Any]:
     return summary
 
 
+def with_key_frames(bundle: Bundle, data: YouTubeVisSet, folder: Path, threads: int) -> dict[str, dict[str, Any]]:
+    """What was run at the lowest ratio with all tokens in every n-th frame, by row."""
+    contents = {}
+    for every in KEY_FRAME_PERIODS:
+        path = folder / f"{data.name}-{RATIOS[-1]}-key-{every}.row.json"
+        print(f"{data.name}, key frame every {every}", flush=True)
+        contents[f"{RATIOS[-1]:.2f}, key frame every {every}"] = run_row(
+            bundle, data, RATIOS[-1], path, threads, lambda: None, key_frames(every)
+        )
+    return contents
+
+
 def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> dict[str, Any]:
     """AP in the successive parts of long clips without a cut."""
     folder = work / f"long-{LONG}"
@@ -90,6 +117,8 @@ def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> d
         write_youtube_vis(folder, scenes, [LONG_SEED * CLIP_STRIDE + clip for clip in range(clips)])
     data = YouTubeVisSet(folder, bundles["pruned"].manifest.classes)
     rows = results_of(bundles, data, work, threads)
+    keyed = with_key_frames(bundles["pruned"], data, bundles["pruned"].folder.parent, threads)
+    rows |= {name: content["results"] for name, content in keyed.items()}
     starts = range(0, LONG, LONG // 5)
     return {"clips": len(data.clips)} | {
         f"{start}-{start + LONG // 5 - 1}": scores_in_windows(
@@ -140,6 +169,8 @@ def main(
         answers[f"every_{every}_frames"] = {
             row: round(thinned.evaluation(results).scores().ap, 2) for row, results in rows_thinned.items()
         }
+    keyed = with_key_frames(bundles["pruned"], scenes, work / name, threads)
+    answers["key_frames"] = {row: content["summary"] for row, content in keyed.items()}
     answers["drift"] = drift(bundles, work, long_clips, threads)
     answers["threshold"] = threshold(checkpoint, scenes, work, threads)
     output.parent.mkdir(parents=True, exist_ok=True)

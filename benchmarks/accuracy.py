@@ -28,6 +28,7 @@ from models.training.evaluate import DENSE, Row, YouTubeVisSet, evaluate
 from runtime.backend import load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.profiling.latency import measure_in_turn, stepper
+from runtime.stream import Stream
 
 Key = tuple[str, float | None]  # name of the network, and keep ratio; None for the dense graph
 
@@ -47,11 +48,17 @@ def prepared(checkpoint: Path, folder: Path) -> Bundle:
 
 
 def run_row(
-    bundle: Bundle, data: YouTubeVisSet, ratio: float | None, path: Path, threads: int, on_frame: Callable[[], None]
+    bundle: Bundle,
+    data: YouTubeVisSet,
+    ratio: float | None,
+    path: Path,
+    threads: int,
+    on_frame: Callable[[], None],
+    stream_type: type[Stream] = Stream,
 ) -> dict[str, Any]:
     """One network at one keep ratio over all clips; read from ``path`` if that was done before."""
     if not path.is_file():
-        row: Row = evaluate(bundle, data, ratio, threads=threads, on_frame=on_frame)
+        row: Row = evaluate(bundle, data, ratio, threads=threads, stream_type=stream_type, on_frame=on_frame)
         path.write_text(json.dumps({"summary": row.summary(), "results": row.results}))
     content: dict[str, Any] = json.loads(path.read_text())
     return content

@@ -28,7 +28,7 @@ from models.configs import unnamed_classes
 from models.training.average_precision import TrackEvaluation
 from models.training.davis import Davis, region_similarity
 from models.training.youtube_vis import ANNOTATION_NAMES, YouTubeVis
-from runtime.backend import DEFAULT_BACKEND, Engine, load_engine
+from runtime.backend import DEFAULT_BACKEND, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.errors import DeployError, SourceFormatError
 from runtime.pipeline import run_stream
@@ -164,6 +164,7 @@ def evaluate(
     backend: str = DEFAULT_BACKEND,
     threads: int = 0,
     precision: str | None = None,
+    stream_type: type[Stream] = Stream,
     on_frame: Callable[[], None] = lambda: None,
     on_result: Callable[[FrameResult], None] = lambda result: None,
 ) -> Row:
@@ -173,6 +174,7 @@ def evaluate(
         keep_ratio: None runs the dense graph of the bundle.
         threads: CPU threads of one step; 0 leaves it to the library.
         precision: See :func:`runtime.backend.load_engine`.
+        stream_type: What carries the prior through a clip.
         on_frame: Called after each frame, for a progress bar.
         on_result: Called with each frame's result, in order.
 
@@ -193,7 +195,8 @@ def evaluate(
         on_result(result)
 
     for clip in data.clips:
-        results += _run_clip(bundle, engine, clip, keep_ratio, data.category_ids, watch)
+        stream = stream_type(bundle, engine, keep_ratio=keep_ratio)
+        results += _run_clip(stream, clip, data.category_ids, watch)
     if keep_ratio is None:
         name, preset = DENSE, DENSE
     else:
@@ -206,10 +209,8 @@ def evaluate(
 
 
 def _run_clip(
-    bundle: Bundle,
-    engine: Engine,
+    stream: Stream,
     clip: Clip,
-    keep_ratio: float | None,
     category_ids: Sequence[int] | None,
     watch: Callable[[FrameResult], None],
 ) -> list[dict[str, Any]]:
@@ -218,7 +219,7 @@ def _run_clip(
         path = Path(folder) / "results.json"
         source = ImageFolderSource(clip.folder, names=clip.names)
         sink = YouTubeVisSink(path, clip.id, category_ids=category_ids)
-        summary = run_stream(source, Stream(bundle, engine, keep_ratio=keep_ratio), [sink], watch)
+        summary = run_stream(source, stream, [sink], watch)
         if summary.lost is not None:
             raise summary.lost
         if summary.interrupted:
