@@ -440,8 +440,8 @@ def main(
     pruned: Annotated[
         PrunedName,
         typer.Option(
-            help="What stands for a dropped token: its old value, its final features of the frame before, or those "
-            "where that saw no object."
+            help="What stands for a dropped token: its old value; that, moved by a small network; its final features "
+            "of the frame before; or those where that saw no object."
         ),
     ] = PrunedName.stale,
     refresh: Annotated[
