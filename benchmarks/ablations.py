@@ -151,6 +151,7 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmarks/results/ablations.json"),
     long_clips: Annotated[int, typer.Option(min=1, help="Clips of the drift test.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 1,
+    further: Annotated[bool, typer.Option(help="Also what needs runs beyond those of benchmarks.accuracy.")] = True,
 ) -> None:
     """Run what is missing and write the answers."""
     bundles = {DENSE: prepared(dense, work / DENSE), "pruned": prepared(checkpoint, work / name)}
@@ -163,19 +164,29 @@ def main(
         "after_cut": {"cuts": len(cuts), "frames": AFTER_CUT, "AP": scores_in_windows(scenes.truth, rows, cuts)},
         "entering": delays(scenes.truth, rows),
     }
+    if further:
+        answers |= further_answers(bundles, checkpoint, scenes, work, long_clips, threads)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(answers, indent=2) + "\n")
+    print(json.dumps(answers, indent=2))
+
+
+def further_answers(
+    bundles: dict[str, Bundle], checkpoint: Path, scenes: YouTubeVisSet, work: Path, long_clips: int, threads: int
+) -> dict[str, Any]:
+    """A slow camera, key frames, a long run, the threshold."""
+    answers: dict[str, Any] = {}
     for every in (2, 4):
         thinned = Thinned(scenes, every)
         rows_thinned = results_of(bundles, thinned, work, threads)
         answers[f"every_{every}_frames"] = {
             row: round(thinned.evaluation(results).scores().ap, 2) for row, results in rows_thinned.items()
         }
-    keyed = with_key_frames(bundles["pruned"], scenes, work / name, threads)
+    keyed = with_key_frames(bundles["pruned"], scenes, bundles["pruned"].folder.parent, threads)
     answers["key_frames"] = {row: content["summary"] for row, content in keyed.items()}
     answers["drift"] = drift(bundles, work, long_clips, threads)
     answers["threshold"] = threshold(checkpoint, scenes, work, threads)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(answers, indent=2) + "\n")
-    print(json.dumps(answers, indent=2))
+    return answers
 
 
 if __name__ == "__main__":
