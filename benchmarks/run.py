@@ -28,6 +28,7 @@ import typer
 from benchmarks.speed import RESULTS, DecodedClip, bare_loop, machine, random_bundle
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
+from runtime.memory import peak_memory_mib
 from runtime.pipeline import run_stream
 from runtime.results import FrameResult
 from runtime.stream import Stream
@@ -85,20 +86,16 @@ def first_frame_s(bundle: Path, clip: Path, folder: Path, threads: int) -> float
     return took
 
 
-def peak_memory_mib(bundle: Path, clip: Path, folder: Path, threads: int) -> float:
-    """Highest resident memory of the command on the whole clip, with all file sinks.
-
-    Read from Linux's VmHWM while it runs: what ``wait4`` tells of a child begins with the memory of its parent.
-    """
+def peak_of_run_mib(bundle: Path, clip: Path, folder: Path, threads: int) -> float:
+    """Highest resident memory of the command on the whole clip, with all file sinks."""
     process = subprocess.Popen(command(bundle, clip, folder, threads, SINKS), cwd=ROOT, stdout=subprocess.DEVNULL)
-    status, highest = Path(f"/proc/{process.pid}/status"), 0
+    highest = 0.0
     while process.poll() is None:
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        highest = max(highest, int(lines.get("VmHWM", "0 kB").split()[0]))  # kB; a process that has ended has none
+        highest = peak_memory_mib(process.pid) or highest  # None once it has ended
         time.sleep(0.05)
     if process.returncode:
         raise RuntimeError(f"run ended with status {process.returncode}")
-    return highest / 1024
+    return highest
 
 
 def file_sinks(folder: Path, classes: Sequence[str]) -> list[Sink]:
@@ -169,7 +166,7 @@ def main(
         path = loaded.folder
         loads = [import_and_load_s(path) for _ in range(rounds)]
         firsts = [first_frame_s(path, clip, folder, threads) for _ in range(rounds)]
-        peak = peak_memory_mib(path, clip, folder, threads)
+        peak = peak_of_run_mib(path, clip, folder, threads)
         rates = {
             f"{count} threads": frame_rates(loaded, load_engine(loaded, threads=count), clip, folder, rounds)
             for count in sorted({1, threads})  # with one, a core is left for decoding and sinks

@@ -31,6 +31,7 @@ from models.pruned_host import Selection
 from models.vpp_eo import VppEo
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
+from runtime.machine import cpu_name
 from runtime.pipeline import run_stream
 from runtime.profiling.profile import ProfileRequest, profile_bundle
 from runtime.stream import Stream
@@ -44,11 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {"cpu": cpu, "cpus": os.cpu_count(), "python": platform.python_version(), "date": str(date.today())}
+    return {"cpu": cpu_name(), "cpus": os.cpu_count(), "python": platform.python_version(), "date": str(date.today())}
 
 
 def random_bundle(name: str, image_size: tuple[int, int], folder: Path) -> Bundle:

@@ -1,1 +1,1 @@
-"""Calibration of quantized graphs; empty until INT8 and FP8 arrive."""
+"""Ranges from a stream, calibration table, quantized graphs, layer sensitivity."""

@@ -11,8 +11,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
+from runtime.agreement import Agreement, Limits
 from runtime.bundle import REFERENCE_FILE, Bundle
 from runtime.reference import MASK_STRIDE
+
+COMPARED = ("class_logits", "mask_logits", "kept_stages", "tokens_kept")
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -23,7 +26,7 @@ class Sample:
 
     Attributes:
         feeds: By input name.
-        outputs: ``class_logits``, ``mask_logits`` at every ``MASK_STRIDE``-th row and column, and ``kept_stages``.
+        outputs: Those of :data:`COMPARED`, ``mask_logits`` at every ``MASK_STRIDE``-th row and column.
     """
 
     feeds: Arrays
@@ -37,8 +40,7 @@ def sample_of(feeds: Arrays, outputs: Arrays) -> Sample:
 
 def _compared(outputs: Arrays) -> dict[str, NDArray[np.generic]]:
     masks = outputs["mask_logits"][..., ::MASK_STRIDE, ::MASK_STRIDE]
-    wanted = {"class_logits": outputs["class_logits"], "mask_logits": masks, "kept_stages": outputs["kept_stages"]}
-    return {name: np.array(value) for name, value in wanted.items()}
+    return {name: np.array(masks if name == "mask_logits" else outputs[name]) for name in COMPARED}
 
 
 def reference_samples(bundle: Bundle) -> list[Sample]:
@@ -52,8 +54,7 @@ def reference_samples(bundle: Bundle) -> list[Sample]:
         feeds |= {pair.input: arrays[f"{t}.state.{pair.input}"] for pair in spec.state}
         if spec.has_budget:
             feeds["token_budget"] = arrays[f"{t}.budget"][: spec.input("token_budget").shape_for(1)[0]]
-        names = ("class_logits", "mask_logits", "kept_stages")
-        samples.append(Sample(feeds, {name: arrays[f"{t}.output.{name}"] for name in names}))
+        samples.append(Sample(feeds, {name: arrays[f"{t}.output.{name}"] for name in COMPARED}))
     return samples
 
 
@@ -63,7 +64,7 @@ class Deviation:
 
     Attributes:
         errors: Of each output, root mean square of the difference over that of the output.
-        overlap: By selection stage that chose among tokens: share of those it kept that both kept, in [0, 1].
+        overlap: By selection stage that chose among tokens: share of those kept that both kept, in [0, 1].
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -78,6 +79,10 @@ class Deviation:
     def smallest_overlap(self) -> float:
         """Over the stages."""
         return min(self.overlap.values(), default=1.0)
+
+    def reaches(self, limits: Limits) -> bool:
+        """Whether it is as near as an engine of that precision has to be."""
+        return self.error <= 10 ** (-limits.sqnr_db / 20) and self.smallest_overlap >= limits.overlap
 
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {100 * value:.2f} %" for name, value in self.errors.items())
@@ -95,27 +100,9 @@ def deviation(model: ModelProto, samples: Sequence[Sample], threads: int = 0) ->
     if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it fuses FP8 into an integer product
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = ["class_logits", "mask_logits", "kept_stages"]
-    got = [_compared(dict(zip(names, session.run(names, dict(sample.feeds)), strict=True))) for sample in samples]
-    want = [sample.outputs for sample in samples]
-    errors = {name: _error([one[name] for one in got], [one[name] for one in want]) for name in names[:2]}
-    return Deviation(errors, _overlap([one[names[2]] for one in got], [one[names[2]] for one in want]))
-
-
-def _error(got: Sequence[NDArray[np.generic]], want: Sequence[NDArray[np.generic]]) -> float:
-    noise = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(got, want, strict=True))
-    signal = sum(float(np.square(b.astype(np.float64)).sum()) for b in want)
-    return math.sqrt(noise / signal) if signal else math.sqrt(noise)
-
-
-def _overlap(got: Sequence[NDArray[np.generic]], want: Sequence[NDArray[np.generic]]) -> dict[int, float]:
-    shares = {}
-    for stage in range(int(max(kept.max(initial=0) for kept in want))):
-        both = kept = 0
-        for one, other in zip(got, want, strict=True):
-            if int((other > stage).sum()) < int((other >= stage).sum()):  # a stage that keeps all chooses nothing
-                both += int(((one > stage) & (other > stage)).sum())
-                kept += int((other > stage).sum())
-        if kept:
-            shares[stage] = both / kept
-    return shares
+    found = Agreement()
+    for sample in samples:
+        values = session.run(list(COMPARED), dict(sample.feeds))
+        found.add(_compared(dict(zip(COMPARED, values, strict=True))), sample.outputs)
+    errors = {name: 10 ** (-ratio / 20) for name, ratio in found.sqnr_db.items()}
+    return Deviation(errors, found.overlap)

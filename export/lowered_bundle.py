@@ -14,14 +14,10 @@ from onnx import ModelProto
 from calib.qdq import insert_qdq
 from calib.samples import Deviation, Sample, deviation, reference_samples
 from export.typed_graph import rounded_graph, to_typed_graph
+from runtime.agreement import LIMITS
 from runtime.bundle import Bundle, file_sha256, load_bundle
 from runtime.errors import ExportMismatchError
 from runtime.manifest import MANIFEST_FILE, FloatPrecision, GraphSpec
-
-# Of the reference clip. Rounding itself costs little; a token that is chosen otherwise keeps an older value, and one in
-# two hundred of those gives 1 %. Measured: docs/precision.md.
-LARGEST_ERROR = 0.10
-SMALLEST_OVERLAP = 0.97
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,11 @@ def lower_in_place(folder: Path, precision: FloatPrecision) -> Deviation:
     bundle, lowering = load_bundle(folder), Lowering(precision)
     spec = bundle.manifest.graph
     found = lowering.deviation(onnx.load(bundle.path(spec)), spec, reference_samples(bundle))
-    if found.error > LARGEST_ERROR or found.smallest_overlap < SMALLEST_OVERLAP:
+    limits = LIMITS[precision]
+    if not found.reaches(limits):
         raise ExportMismatchError(
-            f"in {precision} the graph is too far from torch: {found}. Allowed is an error of {LARGEST_ERROR:.0%} and "
-            f"{SMALLEST_OVERLAP:.0%} of the same tokens. Export it in fp32, or in {_other(precision)}."
+            f"in {precision} the graph is too far from torch: {found}. It has to agree {limits}. Export it in fp32, or "
+            f"in {_other(precision)}."
         )
     write_lowered(bundle, folder, lowering)
     return found

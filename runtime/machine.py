@@ -28,10 +28,11 @@ def machine_name() -> str:
     containers get a new one at every start.
     """
     board = _read(_BOARD).strip("\0\n ")
-    return ", ".join([board or _cpu_name(), *_gpu_names()])
+    return ", ".join([board or cpu_name(), *_gpu_names()])
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     return _field(_read(_CPU), "model name") or platform.processor() or platform.machine()
 
 

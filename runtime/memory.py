@@ -1,8 +1,9 @@
-"""Keeping a process that runs for days from growing: large arrays go back to the system when they are freed."""
+"""Memory of a process: its highest, and how one that runs for days is kept from growing."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # parameters of glibc's mallopt
 _LARGE_BYTES = 256 * 1024
@@ -21,3 +22,15 @@ def return_large_arrays() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)) and bool(mallopt(_ARENA_MAX, _ARENAS))
+
+
+def peak_memory_mib(process: int) -> float | None:
+    """Highest resident memory so far of a process, MiB; None if it has ended, or the system does not tell.
+
+    It is Linux's VmHWM: what ``getrusage`` and ``wait4`` tell of a process begins with the memory of its parent.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

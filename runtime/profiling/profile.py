@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ import numpy as np
 
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle
+from runtime.machine import cpu_name
+from runtime.memory import peak_memory_mib
 from runtime.profiling.ceiling import Ceiling, measure_ceiling
 from runtime.profiling.device_sensors import Sensor, SensorLog, find_sensors
 from runtime.profiling.latency import BLOCK, WARM_UP_BLOCKS, Distribution, Task, Turns, measure_in_turn, stepper
@@ -98,7 +99,7 @@ class Profile:
         parts: The same, by part of the network, with what they should cost.
         ceiling: Highest rates of this machine; None where they were not measured.
         readings: What the device told; empty where it tells nothing.
-        memory_mib: Peak of this process's resident memory, of all that was measured together.
+        memory_mib: Peak of this process's resident memory, of all that was measured together; None: not told.
     """
 
     bundle: str
@@ -118,7 +119,7 @@ class Profile:
     parts: tuple[Part, ...]
     ceiling: Ceiling | None
     readings: tuple[Reading, ...]
-    memory_mib: float
+    memory_mib: float | None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -194,7 +195,7 @@ def profile_bundle(
         parts=parts_of_network(bundle.manifest, {row.name: row.preset or "dense" for row in rows}, layers),
         ceiling=measure_ceiling(request.backend, request.threads, request.precision) if request.layers else None,
         readings=tuple(_readings(log)),
-        memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        memory_mib=peak_memory_mib(os.getpid()),
     )
 
 
@@ -208,15 +209,8 @@ def total_steps(bundle: Bundle, request: ProfileRequest) -> int:
 
 def machine() -> str:
     """Processor, cores and system, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  # one line of a kernel file
-            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return (
-        f"{name}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    return f"{cpu_name()}, {os.cpu_count()} CPUs, {system}"
 
 
 def _rows(bundle: Bundle, request: ProfileRequest) -> list[_Row]:

@@ -146,7 +146,8 @@ def device_table(profile: Profile) -> Table:
         for row in profile.rows
         if row.millijoules is not None
     ]
-    rows.append(("memory of the process, peak", f"{profile.memory_mib:.0f} MiB", ""))
+    if profile.memory_mib is not None:
+        rows.append(("memory of the process, peak", f"{profile.memory_mib:.0f} MiB", ""))
     told = {reading.kind for reading in profile.readings}
     absent = [kind.split("_")[0] for kind in units if kind not in told]
     note = f"This device does not tell: {', '.join(absent)}." if absent else ""

@@ -132,6 +132,23 @@ def test_rounded_graph_rounds_after_every_operator(precision):
     assert np.abs(want - (x * x - x)).max() > 1e-4, "nothing was rounded"
 
 
+def test_every_result_of_a_node_is_rounded():
+    """A Split has several; each is rounded, and the node is there once."""
+    nodes = (
+        helper.make_node("Mul", ["x", "x"], ["square"]),
+        helper.make_node("Split", ["square"], ["left", "right"], axis=1, num_outputs=2),
+        helper.make_node("Sub", ["left", "right"], ["y"]),
+    )
+    model = small_graph(*nodes, y=("batch", 2))
+    rounded = rounded_graph(to_typed_graph(model, NO_STATE, "fp16").model)
+    assert sum(node.op_type == "Split" for node in rounded.graph.node) == 1
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    half = x.astype(np.float16)
+    square = (half.astype(np.float32) ** 2).astype(np.float16).astype(np.float32)
+    want = (square[:, :2] - square[:, 2:]).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(run(rounded, x), want)
+
+
 def test_constant_beyond_the_range_of_fp16_keeps_its_node_fp32():
     far = numpy_helper.from_array(np.array(1e6, np.float32), "far")
     nodes = helper.make_node("Mul", ["x", "far"], ["large"]), helper.make_node("Div", ["large", "far"], ["y"])

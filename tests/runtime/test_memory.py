@@ -1,4 +1,4 @@
-"""Freed pictures go back to the system."""
+"""Freed pictures go back to the system, and the highest memory of a process is its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from runtime.memory import peak_memory_mib
 
 SCRIPT = """
 import numpy as np, psutil
@@ -27,3 +29,19 @@ print((psutil.Process().memory_info().rss - before) >> 20)
 def test_freed_arrays_leave_the_process():
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 4
+
+
+PEAK = """
+import os
+from runtime.memory import peak_memory_mib
+array = bytearray(80 << 20)
+del array
+print(peak_memory_mib(os.getpid()))
+"""
+
+
+def test_peak_is_that_of_the_process_and_not_of_its_parent():
+    ballast = b"x" * (300 << 20)  # what getrusage would tell the child of
+    result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 80 < float(result.stdout) < 200 < len(ballast) >> 20
+    assert peak_memory_mib(2**22 + 1) is None, "no process has this number"
