@@ -23,8 +23,7 @@ from benchmarks.speed import RESULTS, machine
 from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.pipeline import run_stream
-from runtime.results import FrameResult
-from runtime.stream import Stream
+from runtime.stream import Answer, Stream
 from runtime.video.sinks import JsonLinesSink, VideoSink, YouTubeVisSink
 from runtime.video.sources import open_source
 
@@ -36,8 +35,9 @@ class Watch:
     digest: Any = field(default_factory=hashlib.sha256)
     memory_mib: list[float] = field(default_factory=list)
 
-    def __call__(self, result: FrameResult) -> None:
-        """Take one result."""
+    def __call__(self, answer: Answer) -> None:
+        """Take one answer."""
+        result = answer.result()
         objects = result.instances
         for array in (result.kept_stages, objects.track_ids, objects.labels, objects.scores, objects.masks):
             self.digest.update(array.tobytes())

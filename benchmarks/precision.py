@@ -142,7 +142,7 @@ def accuracy(
         kept: list[NDArray[np.int64]] = []
         found = evaluate(
             bundle, source, RATIO, backend=backend, threads=threads, precision=precision,
-            on_result=lambda result: kept.append(result.kept_stages),
+            on_answer=lambda answer: kept.append(answer.header.kept_stages),
         )  # fmt: skip
         if not reference:
             reference.extend(kept)

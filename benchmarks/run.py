@@ -30,8 +30,7 @@ from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.memory import peak_memory_mib
 from runtime.pipeline import run_stream
-from runtime.results import FrameResult
-from runtime.stream import Stream
+from runtime.stream import Answer, Stream
 from runtime.video.frame import Frame
 from runtime.video.sinks import JsonLinesSink, Sink, VideoSink, YouTubeVisSink
 from runtime.video.sources import open_source
@@ -122,7 +121,7 @@ def endurance(bundle: Bundle, frames: int, folder: Path) -> dict[str, Any]:
     """Resident memory during a long run with all file sinks: the highest of each twentieth of it."""
     memory: list[float] = []
 
-    def watch(result: FrameResult) -> None:
+    def watch(answer: Answer) -> None:
         memory.append(psutil.Process().memory_info().rss / 2**20)
 
     engine = load_engine(bundle, threads=1)

@@ -111,7 +111,7 @@ def run_loop(bundle: Bundle, engine: Engine, frames: int) -> tuple[float, float]
     """Frames per second of ``run`` on a decoded clip, without sinks, and objects per frame."""
     objects: list[int] = []
     summary = run_stream(
-        DecodedClip(frames), Stream(bundle, engine), [], lambda result: objects.append(len(result.instances))
+        DecodedClip(frames), Stream(bundle, engine), [], lambda answer: objects.append(len(answer.detections.queries))
     )
     return summary.frames_per_second, float(np.mean(objects))
 

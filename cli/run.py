@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.budget_controller import TargetCount
     from runtime.manifest import Manifest
     from runtime.pipeline import RunSummary
-    from runtime.results import FrameResult
+    from runtime.stream import Answer
     from runtime.video.sinks import Sink
 
 
@@ -164,7 +164,7 @@ def _open_sinks(
     return sinks
 
 
-def _advance(progress: Progress, task: TaskID, result: FrameResult) -> None:
+def _advance(progress: Progress, task: TaskID, answer: Answer) -> None:
     progress.advance(task)
 
 

@@ -1,8 +1,8 @@
 """Sources -> streams -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
 
-The reader's thread also letterboxes the frames of a recording, and the writer's brings masks to the source's size, so
-that the caller's thread does little but run the model. It goes in rounds: each camera that has a frame ready, and room
-for its answer, takes part; nobody waits for the others.
+The reader's thread also letterboxes the frames of a recording, and the writer's brings masks to the source's size where
+a sink wants them, so that the caller's thread does little but run the model. It goes in rounds: each camera that has a
+frame ready, and room for its answer, takes part; nobody waits for the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from runtime.budget_controller import TargetCount
 from runtime.errors import SourceLostError, StepError
 from runtime.memory import return_large_arrays
-from runtime.results import FrameResult
 from runtime.sink_writer import SinkWriter
 from runtime.stream import Answer, PreparedFrame, Stream
 from runtime.stream_group import StreamGroup
@@ -80,15 +79,15 @@ class Camera:
     Attributes:
         source: Open; the run closes it.
         sinks: Open; the run closes them.
-        on_result: Called with each result, in order, in the thread that writes the sinks; what it raises ends the
-            camera.
+        on_answer: Called with each answer, in order, in the thread that writes the sinks, after them; what it raises
+            ends the camera.
         name: What messages call it; one without a name leaves it to the caller to say how it ended.
     """
 
     source: Source
     stream: Stream
     sinks: Sequence[Sink] = ()
-    on_result: Callable[[FrameResult], None] | None = None
+    on_answer: Callable[[Answer], None] | None = None
     name: str = ""
 
 
@@ -96,15 +95,15 @@ def run_stream(
     source: Source,
     stream: Stream,
     sinks: Sequence[Sink],
-    on_result: Callable[[FrameResult], None] | None = None,
+    on_answer: Callable[[Answer], None] | None = None,
     stop: threading.Event | None = None,
 ) -> RunSummary:
     """Run one source to its end, or until it is interrupted: :func:`run_cameras` with one camera.
 
     Raises:
-        DeployError: A sink failed, or the backend failed on many frames in a row. So with errors of ``on_result``.
+        DeployError: A sink failed, or the backend failed on many frames in a row. So with errors of ``on_answer``.
     """
-    (summary,) = run_cameras([Camera(source, stream, sinks, on_result)], stop)
+    (summary,) = run_cameras([Camera(source, stream, sinks, on_answer)], stop)
     if summary.failed is not None:
         raise summary.failed
     return summary
@@ -200,7 +199,7 @@ class _Lane:
         """The next frame if there is one, and room for its answer; the camera's end is noticed here.
 
         Raises:
-            KeyboardInterrupt: ``on_result`` raised it.
+            KeyboardInterrupt: ``on_answer`` raised it.
         """
         if not self.is_ready:
             return None
@@ -259,11 +258,11 @@ class _Lane:
         if self._camera.name:
             logger.error("%s has ended: %s", self._camera.name, error)
 
-    def _count(self, result: FrameResult) -> None:
+    def _count(self, answer: Answer) -> None:
         summary = self.summary
         summary.frames += 1
-        summary.step_ms += result.step_ms
-        summary.tracks = max([summary.tracks, *result.instances.track_ids.tolist()])  # ids count up
+        summary.step_ms += answer.header.step_ms
+        summary.tracks = max([summary.tracks, *answer.detections.track_ids.tolist()])  # ids count up
         summary.wall_s = time.perf_counter() - self._started_s
-        if self._camera.on_result is not None:
-            self._camera.on_result(result)
+        if self._camera.on_answer is not None:
+            self._camera.on_answer(answer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,23 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.track_ids)
+
+    @cached_property
+    def run_lengths(self) -> list[dict[str, Any]]:
+        """Each mask in run-length encoding; made once, however many sinks write it."""
+        return [run_lengths(mask) for mask in self.masks]
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask bool [H, W] in COCO's compressed run-length encoding, with text as ``counts`` so that it goes into JSON.
+
+    >>> run_lengths(np.array([[False, True], [False, True]]))
+    {'size': [2, 2], 'counts': '22'}
+    """
+    from pycocotools import mask as coco_mask  # a stream without sinks does without it
+
+    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 @dataclass(frozen=True)

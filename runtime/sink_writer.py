@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from runtime.errors import DeployError
-from runtime.results import FrameResult
 from runtime.stream import Answer
 from runtime.video.frame import Frame
 from runtime.video.sink_types import Sink
@@ -25,8 +24,8 @@ class SinkWriter:
     bounded.
 
     Args:
-        sinks: Open; each gets each result. The writer closes them.
-        on_result: Called after the sinks with each result; what it raises counts as a failed sink.
+        sinks: Open; each gets each result. The writer closes them. Without one, no mask is brought to the frame's size.
+        on_answer: Called after the sinks with each answer; what it raises counts as a failed sink.
         changed: Notified when there is room again, when a sink failed, and when all is done.
         capacity: Answers that wait at most.
 
@@ -37,12 +36,12 @@ class SinkWriter:
     def __init__(
         self,
         sinks: Sequence[Sink],
-        on_result: Callable[[FrameResult], None],
+        on_answer: Callable[[Answer], None],
         changed: threading.Condition,
         *,
         capacity: int = 4,
     ) -> None:
-        self._sinks, self._on_result, self._changed, self._capacity = sinks, on_result, changed, capacity
+        self._sinks, self._on_answer, self._changed, self._capacity = sinks, on_answer, changed, capacity
         self._queue: queue.SimpleQueue[tuple[Frame, Answer] | BaseException | None] = queue.SimpleQueue()
         self._is_ended = False
         self.error: BaseException | None = None
@@ -86,10 +85,11 @@ class SinkWriter:
                 raise item
             frame, answer = item
             self._notify()
-            result = answer.result()
-            for sink in self._sinks:
-                sink.write(frame, result)
-            self._on_result(result)
+            if self._sinks:
+                result = answer.result()
+                for sink in self._sinks:
+                    sink.write(frame, result)
+            self._on_answer(answer)
 
     def _notify(self) -> None:
         with self._changed:

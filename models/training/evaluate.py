@@ -32,8 +32,7 @@ from runtime.backend import DEFAULT_BACKEND, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.errors import DeployError, SourceFormatError
 from runtime.pipeline import run_stream
-from runtime.results import FrameResult
-from runtime.stream import Stream
+from runtime.stream import Answer, Stream
 from runtime.video.output_file import OutputFile, writing
 from runtime.video.sinks import YouTubeVisSink
 from runtime.video.sources import ImageFolderSource
@@ -166,7 +165,7 @@ def evaluate(
     precision: str | None = None,
     stream_type: type[Stream] = Stream,
     on_frame: Callable[[], None] = lambda: None,
-    on_result: Callable[[FrameResult], None] = lambda result: None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> Row:
     """Run all clips at one budget and score what came out.
 
@@ -176,7 +175,7 @@ def evaluate(
         precision: See :func:`runtime.backend.load_engine`.
         stream_type: What carries the prior through a clip.
         on_frame: Called after each frame, for a progress bar.
-        on_result: Called with each frame's result, in order.
+        on_answer: Called with each frame's answer, in order.
 
     Raises:
         DeployError: The bundle holds no dense graph, or a video cannot be read.
@@ -188,11 +187,11 @@ def evaluate(
     engine = load_engine(bundle, graph, backend=backend, threads=threads, precision=precision)
     shares, step_ms, results = [], [], []
 
-    def watch(result: FrameResult) -> None:
-        shares.append(manifest.mean_share(result.tokens_kept))
-        step_ms.append(result.step_ms)
+    def watch(answer: Answer) -> None:
+        shares.append(manifest.mean_share(answer.header.tokens_kept))
+        step_ms.append(answer.header.step_ms)
         on_frame()
-        on_result(result)
+        on_answer(answer)
 
     for clip in data.clips:
         stream = stream_type(bundle, engine, keep_ratio=keep_ratio)
@@ -212,7 +211,7 @@ def _run_clip(
     stream: Stream,
     clip: Clip,
     category_ids: Sequence[int] | None,
-    watch: Callable[[FrameResult], None],
+    watch: Callable[[Answer], None],
 ) -> list[dict[str, Any]]:
     """Results of one video, read back from what the sink wrote."""
     with tempfile.TemporaryDirectory() as folder:

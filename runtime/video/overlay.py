@@ -17,7 +17,7 @@ from .letterbox import Letterbox
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 Colour = tuple[int, int, int]
 
-_MASK_SIXTEENTHS = 7  # alpha 0.44
+_MASK_ALPHA = 112  # of 255
 _DARKEST_EIGHTHS, _LIGHTEST_EIGHTHS = 2, 5  # brightness of patches pruned at the first and at the last stage
 _CAPTION_COLOUR = (16, 16, 16)
 
@@ -87,8 +87,11 @@ def draw_instances(canvas: Pixels, instances: Instances, classes: Sequence[str])
     thickness = 2 if canvas.shape[0] >= 480 else 1
     colours = [track_colour(int(track_id)) for track_id in instances.track_ids]
     corners = [_pixel_box(box, canvas) for box in instances.boxes]
-    for mask, colour in zip(instances.masks, colours, strict=True):
-        _draw_mask(canvas, mask, colour, thickness)
+    if len(instances):
+        image = Image.fromarray(canvas)
+        for mask, colour in zip(instances.masks, colours, strict=True):
+            _draw_mask(image, mask, colour, thickness)
+        np.copyto(canvas, np.asarray(image))
     for (x1, y1, x2, y2), colour in zip(corners, colours, strict=True):
         _draw_box(canvas[y1:y2, x1:x2], colour, thickness)
     for index, ((x1, y1, _, _), colour) in enumerate(zip(corners, colours, strict=True)):
@@ -158,18 +161,15 @@ def _multiply_eighths(rows: Pixels, weight: NDArray[np.uint16]) -> None:
     rows[...] = product.reshape(rows.shape)
 
 
-def _draw_mask(canvas: Pixels, mask: NDArray[np.bool_], colour: Colour, thickness: int) -> None:
+def _draw_mask(image: Image.Image, mask: NDArray[np.bool_], colour: Colour, thickness: int) -> None:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    region, inside = canvas[window], mask[window]
-    tinted = region.astype(np.uint16)
-    tinted *= 16 - _MASK_SIXTEENTHS
-    tinted += np.array(colour, np.uint16) * _MASK_SIXTEENTHS
-    tinted >>= 4
-    np.copyto(region, tinted, where=inside[..., None], casting="unsafe")
-    region[inside & ~_eroded(inside, thickness)] = colour
+    inside = mask[window]
+    alpha = inside * np.uint8(255)
+    alpha -= _eroded(inside, thickness) * np.uint8(255 - _MASK_ALPHA)
+    image.paste(colour, (int(columns[0]), int(rows[0])), Image.fromarray(alpha))
 
 
 def _eroded(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:

@@ -9,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
-
 from ..results import FrameResult, Instances
 from .frame import Frame
 from .sink_types import FileSink
@@ -104,10 +100,9 @@ class YouTubeVisSink(FileSink):
     def _write(self, frame: Frame, result: FrameResult) -> None:
         objects = result.instances
         self._frame_count = max(self._frame_count, result.frame_index + 1)
-        for track, label, score, mask in zip(
-            objects.track_ids.tolist(), objects.labels.tolist(), objects.scores.tolist(), objects.masks, strict=True
-        ):
-            row = track, result.frame_index, label, score, json.dumps(run_lengths(mask))
+        tracks, labels, scores = objects.track_ids.tolist(), objects.labels.tolist(), objects.scores.tolist()
+        for track, label, score, mask in zip(tracks, labels, scores, objects.run_lengths, strict=True):
+            row = track, result.frame_index, label, score, json.dumps(mask)
             self._seen.execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?)", row)
 
     def _finish(self) -> bool:
@@ -147,16 +142,6 @@ class YouTubeVisSink(FileSink):
         self._spool.unlink(missing_ok=True)
 
 
-def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask bool [H, W] in COCO's compressed run-length encoding, with text as ``counts`` so that it goes into JSON.
-
-    >>> run_lengths(np.array([[False, True], [False, True]]))
-    {'size': [2, 2], 'counts': '22'}
-    """
-    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
-
-
 def _object(instances: Instances, index: int, classes: Sequence[str]) -> dict[str, Any]:
     label = int(instances.labels[index])
     return {
@@ -165,5 +150,5 @@ def _object(instances: Instances, index: int, classes: Sequence[str]) -> dict[st
         "class": classes[label],
         "score": round(float(instances.scores[index]), 6),
         "box": [round(float(corner), 3) for corner in instances.boxes[index]],
-        "mask": run_lengths(instances.masks[index]),
+        "mask": instances.run_lengths[index],
     }

@@ -100,7 +100,10 @@ def test_stalled_camera_holds_nobody(make_camera, pictures):
     done = threading.Event()
     last = 5 * FRAMES - 1
     other = Camera(
-        other.source, other.stream, other.sinks, lambda result: done.set() if result.frame_index == last else None
+        other.source,
+        other.stream,
+        other.sinks,
+        lambda answer: done.set() if answer.header.frame_index == last else None,
     )
     summaries = []
     thread = threading.Thread(target=lambda: summaries.extend(run_cameras([stalled, other])))
@@ -200,17 +203,17 @@ def test_steps_that_keep_failing_end_their_camera_alone(micro, micro_engine, fau
 def test_slow_sink_holds_its_own_camera_alone(make_camera, pictures):
     slow = make_camera(ListSource(pictures), ListSink(pause_s=0.3))
     finished: list[str] = []
-    slow = Camera(slow.source, slow.stream, slow.sinks, lambda result: finished.append("slow"))
+    slow = Camera(slow.source, slow.stream, slow.sinks, lambda answer: finished.append("slow"))
     fast = make_camera(ListSource(pictures * 2))
-    fast = Camera(fast.source, fast.stream, fast.sinks, lambda result: finished.append("fast"))
+    fast = Camera(fast.source, fast.stream, fast.sinks, lambda answer: finished.append("fast"))
     run_cameras([slow, fast])
     assert finished.count("slow") == FRAMES and finished.count("fast") == 2 * FRAMES
     assert finished[-1] == "slow" and finished[: 2 * FRAMES].count("fast") >= 2 * FRAMES - 3
 
 
 def test_interrupt_ends_all_cameras_with_complete_files(tmp_path, micro, micro_engine, drifting_frames):
-    def interrupt(result) -> None:
-        if result.frame_index == 4:
+    def interrupt(answer) -> None:
+        if answer.header.frame_index == 4:
             raise KeyboardInterrupt
 
     folders, cameras = [tmp_path / "0", tmp_path / "1"], []

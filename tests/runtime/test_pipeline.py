@@ -13,6 +13,7 @@ import pytest
 from runtime.errors import SinkError, SourceFormatError, SourceLostError, StepError
 from runtime.pipeline import FAILURES_IN_A_ROW, run_stream
 from runtime.stream import Stream
+from runtime.video.letterbox import Letterbox
 from runtime.video.sink_types import SinkContext
 from runtime.video.sinks import JsonLinesSink, VideoSink, YouTubeVisSink
 from runtime.video.source_types import BaseSource
@@ -104,13 +105,13 @@ def test_frames_out_equal_frames_in(tmp_path, micro, stream, pictures):
     source, seen, memory = ListSource(pictures), [], ListSink()
     summary = run_stream(source, stream, [*files(tmp_path, micro.manifest.classes), memory], seen.append)
     assert_complete(tmp_path, FRAMES)
-    assert [result.frame_index for result in seen] == memory.indices == list(range(FRAMES))
+    assert [answer.header.frame_index for answer in seen] == memory.indices == list(range(FRAMES))
     assert summary.frames == FRAMES and summary.failed_steps == 0
     assert summary.source is source.counters and source.counters.frames_read == FRAMES
     assert source.released and memory.closed_as == [False]
     assert not summary.interrupted and summary.lost is None
     assert summary.resets == {"first frame": 1}
-    assert summary.tracks == max(result.instances.track_ids.max() for result in seen) > 0
+    assert summary.tracks == max(answer.result().instances.track_ids.max() for answer in seen) > 0
     assert 0 < summary.step_ms / 1e3 < summary.wall_s and summary.frames_per_second == FRAMES / summary.wall_s
 
 
@@ -136,14 +137,23 @@ def test_run_without_sinks_and_without_frames(stream):
     assert source.released
 
 
+def test_without_sinks_no_mask_is_brought_to_the_frame(monkeypatch, stream, pictures):
+    brought, answers = [], []
+    original = Letterbox.masks_to_source
+    monkeypatch.setattr(Letterbox, "masks_to_source", lambda self, masks: brought.append(0) or original(self, masks))
+    summary = run_stream(ListSource(pictures), stream, [], answers.append)
+    assert summary.frames == FRAMES and summary.tracks > 0 and not brought
+    assert len(answers[-1].result().instances) > 0 and len(brought) == 1
+
+
 # --- it ends early --------------------------------------------------------------------------------------------------
 
 
 def test_interrupt_leaves_complete_files(tmp_path, micro, stream, pictures):
     source, count = ListSource(pictures), 5
 
-    def interrupt(result) -> None:
-        if result.frame_index == count - 1:
+    def interrupt(answer) -> None:
+        if answer.header.frame_index == count - 1:
             raise KeyboardInterrupt
 
     summary = run_stream(source, stream, files(tmp_path, micro.manifest.classes), interrupt)
