@@ -38,7 +38,7 @@ from runtime.manifest import MANIFEST_FILE
 from runtime.stream import Stream
 from runtime.video.sources import open_source
 
-CHECKPOINT = Path("models/zoo/vpp-eo-nano-scenes-stale.safetensors")
+CHECKPOINT = Path("models/zoo/vpp-eo-nano-scenes.safetensors")
 CALIBRATION_CLIPS = [77_000_000 + clip for clip in range(6)]  # of no other set; the last two are only compared on
 FRAMES = 32
 RATIO = 0.55

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.engine_layers import differences, layer_types, read_layers
+from export.engine_layers import differences, layer_types
 from export.engine_plan import Watch, build_plan
 from export.engine_request import EngineRequest, engine_inputs
 from runtime.bundle import Bundle
@@ -26,7 +26,7 @@ from runtime.engines import (
 )
 from runtime.errors import BackendUnavailableError, EngineMismatchError
 from runtime.manifest import GraphSpec
-from runtime.tensorrt_backend import load_plan
+from runtime.tensorrt_backend import load_plan, read_layers
 from runtime.tensorrt_library import TensorRt, import_tensorrt
 from runtime.video.output_file import OutputFile, writing
 

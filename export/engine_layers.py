@@ -8,9 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runtime.errors import BackendError
-from runtime.tensorrt_library import TensorRt
-
 # The inspector writes types as part of a format ("Row major linear FP16"), in other words in other versions ("Half").
 _WORDS = {
     "FP8": r"FP8|Float8|E4M3",
@@ -21,20 +18,6 @@ _WORDS = {
 }
 _PATTERNS = {name: re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])", re.I) for name, words in _WORDS.items()}
 _NARROW = ("FP8", "INT8", "BF16", "HALF")
-
-
-def read_layers(library: TensorRt, engine: Any) -> str:
-    """The library's own account of an engine's layers, as JSON.
-
-    Raises:
-        BackendError: It gives none.
-    """
-    library.forget()
-    inspector = engine.create_engine_inspector()
-    told = inspector.get_engine_information(library.api.LayerInformationFormat.JSON)
-    if not told:
-        raise BackendError(f"{library} tells nothing of the engine's layers:{library.reasons()}")
-    return str(told)
 
 
 def layer_types(told: str) -> dict[str, int]:

@@ -140,7 +140,7 @@ class OpenVinoBuffers:
         return self._outputs
 
     def layer_counters(self) -> list[tuple[str, str, float]]:
-        """Name, kind and milliseconds of each node of the last step, in the order in which they ran."""
+        """Name, kind and milliseconds of each node, in the order in which they ran: the mean over all steps so far."""
         counted = self._request.get_profiling_info()
         return [
             (node.node_name, node.node_type, node.real_time.total_seconds() * 1e3)

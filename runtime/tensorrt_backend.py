@@ -33,6 +33,7 @@ class TensorRtEngine:
 
     Args:
         backend: ``tensorrt`` or ``tensorrt-rtx``.
+        time_layers: Note the time of every layer, see :meth:`TensorRtBuffers.take_layer_times`; slower.
 
     Raises:
         BackendUnavailableError: The library, CUDA's bindings or the GPU is not there.
@@ -40,13 +41,15 @@ class TensorRtEngine:
         BackendError: The library does not load the plan, for want of memory perhaps; the message has its reasons.
     """
 
-    def __init__(self, bundle: Bundle, graph: GraphSpec, *, backend: str = "tensorrt") -> None:
+    def __init__(
+        self, bundle: Bundle, graph: GraphSpec, *, backend: str = "tensorrt", time_layers: bool = False
+    ) -> None:
         self._library = import_tensorrt(backend)
         gpu = find_gpu()  # before the library is touched: without a driver it may end the process
         plan, self.record = choose_engine(bundle, graph, backend, self._library.version, gpu)
         self._engine = load_plan(self._library, plan, self.record)
         _check_tensors(self._library, self._engine, graph, plan)
-        self._bundle, self.graph = bundle, graph
+        self._bundle, self.graph, self._times_layers = bundle, graph, time_layers
         self._open: weakref.WeakSet[TensorRtBuffers] = weakref.WeakSet()
         self.report = EngineReport(
             backend,
@@ -74,9 +77,20 @@ class TensorRtEngine:
             )
         if self._engine is None:
             raise BackendError(f"the engine of {self._bundle.folder} is closed.")
-        buffers = TensorRtBuffers(self._library, self._engine, self._bundle, self.graph, self.record, batch)
+        buffers = TensorRtBuffers(
+            self._library, self._engine, self._bundle, self.graph, self.record, batch, time_layers=self._times_layers
+        )
         self._open.add(buffers)
         return buffers
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether the open streams launch their steps as CUDA graphs, once warm."""
+        return all(buffers.graphs_allowed for buffers in self._open)
+
+    def account(self) -> str:
+        """The library's own account of the layers, as JSON; see :func:`read_layers`."""
+        return read_layers(self._library, self._engine)
 
     def close(self) -> None:
         """Give the streams' buffers and the engine back; may be called twice."""
@@ -102,6 +116,20 @@ def load_plan(library: TensorRt, plan: Path, record: EngineRecord) -> Any:
             f"build for fewer budgets; otherwise build it again: deploy.py build {plan.parent.parent} --force"
         )
     return engine
+
+
+def read_layers(library: TensorRt, engine: Any) -> str:
+    """The library's own account of an engine's layers, as JSON.
+
+    Raises:
+        BackendError: It gives none.
+    """
+    library.forget()
+    inspector = engine.create_engine_inspector()
+    told = inspector.get_engine_information(library.api.LayerInformationFormat.JSON)
+    if not told:
+        raise BackendError(f"{library} tells nothing of the engine's layers:{library.reasons()}")
+    return str(told)
 
 
 def _check_tensors(library: TensorRt, engine: Any, graph: GraphSpec, plan: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +29,24 @@ class TensorRtBuffers:
 
     All memory goes back with :meth:`close`, or when the object is dropped. Several of these may run at the same time,
     in threads of their own; one of them runs one step at a time.
+
+    Attributes:
+        graphs_allowed: Steps are launched as CUDA graphs once warm; False after one could not be recorded.
+
+    Args:
+        time_layers: Note the time of every layer; there are no CUDA graphs then, and every step is waited for.
     """
 
     def __init__(
-        self, library: TensorRt, engine: Any, bundle: Bundle, graph: GraphSpec, record: EngineRecord, batch: int
+        self,
+        library: TensorRt,
+        engine: Any,
+        bundle: Bundle,
+        graph: GraphSpec,
+        record: EngineRecord,
+        batch: int,
+        *,
+        time_layers: bool = False,
     ) -> None:
         self._library, self._engine, self._bundle, self._graph = library, engine, bundle, graph
         self._record, self._batch = record, batch
@@ -44,7 +59,8 @@ class TensorRtBuffers:
         }
         self._memory = _Memory(graph, batch, max(map(self._scratch_bytes, self._profiles.values())))
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._graphs_allowed = graph.selection != "threshold"  # there the token count comes out of the data
+        self._profiler = _layer_profiler(library.api) if time_layers else None
+        self.graphs_allowed = graph.selection != "threshold" and not time_layers  # threshold: counts come out of data
         self.image: NDArray[np.uint8] = self._memory.host["image"]
         self.reset()
 
@@ -67,8 +83,8 @@ class TensorRtBuffers:
         self._library.forget()
         try:
             step = self._step(counts)
-            if self._graphs_allowed:
-                self._graphs_allowed = step.record()
+            if self.graphs_allowed:
+                self.graphs_allowed = step.record()
             step.enqueue()
             self._memory.stream.synchronize()
         except BackendError as error:
@@ -101,6 +117,8 @@ class TensorRtBuffers:
         _accepted(context.set_optimization_profile_async(profile, memory.stream.address), "profile", profile)
         memory.stream.synchronize()
         context.set_device_memory(memory.scratch.address, memory.scratch.nbytes)
+        if self._profiler is not None:
+            context.profiler = self._profiler
         return context
 
     def _other_budget(self, token_budget: tuple[int, ...] | None) -> str:
@@ -115,6 +133,31 @@ class TensorRtBuffers:
             f"of these, or build it anew: deploy.py build {self._bundle.folder} --backend {self._library.backend}"
             + (f" --token-budget {asked}" if asked else "")
         )
+
+    def take_layer_times(self) -> list[tuple[str, float]]:
+        """Name and milliseconds of each layer that ran since the last call; none without ``time_layers``."""
+        if self._profiler is None:
+            return []
+        times: list[tuple[str, float]] = self._profiler.times_ms
+        self._profiler.times_ms = []
+        return times
+
+    def transfers_ms(self) -> tuple[float, float]:
+        """Time to move the image up and the results down, milliseconds; both are moved once more for this.
+
+        Raises:
+            DeviceError: A copy failed.
+        """
+        memory = self._memory
+        tensors, marks = memory.bound[memory.current], [time.perf_counter()]
+        memory.stream.upload(memory.host["image"], tensors["image"])
+        memory.stream.synchronize()
+        marks.append(time.perf_counter())
+        for name, array in memory.outputs.items():
+            memory.stream.download(tensors[name], array)
+        memory.stream.synchronize()
+        marks.append(time.perf_counter())
+        return (marks[1] - marks[0]) * 1e3, (marks[2] - marks[1]) * 1e3
 
     def commit(self) -> None:
         """Make the state that the last step left the current one."""
@@ -287,6 +330,20 @@ class _Step:
         if self._graph is not None:
             self._graph.close()
         self._graph = self._context = None
+
+
+def _layer_profiler(api: Any) -> Any:
+    """A profiler that collects what the library reports after each step."""
+
+    class LayerProfiler(api.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.times_ms: list[tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times_ms.append((layer_name, float(ms)))
+
+    return LayerProfiler()
 
 
 def _accepted(answer: bool, what: str, value: object) -> None:

@@ -75,10 +75,21 @@ def _openvino(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | N
     return OpenVinoLayerTimer(bundle, graph, threads, precision or "fp32")
 
 
+def _tensorrt(backend: str) -> LayerTimerFactory:
+    def make(bundle: Bundle, graph: GraphSpec, threads: int, precision: str | None) -> LayerTimer:
+        from runtime.profiling.tensorrt_layers import TensorRtLayerTimer
+
+        return TensorRtLayerTimer(bundle, graph, backend)
+
+    return make
+
+
 LAYER_TIMERS: dict[str, LayerTimerFactory] = {
     "onnxruntime": _onnxruntime("CPUExecutionProvider"),
     "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
     "openvino": _openvino,
+    "tensorrt": _tensorrt("tensorrt"),
+    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
 
 

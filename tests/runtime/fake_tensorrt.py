@@ -84,6 +84,9 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
     class IProgressMonitor(Strict):
         pass
 
+    class IProfiler(Strict):
+        pass
+
     class Tensor(Strict):
         def __init__(self, name, dtype, shape) -> None:
             self._all = name, enums["DataType"][dtype], shape
@@ -228,7 +231,11 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
 
     class EngineInspector(Strict):
         def get_engine_information(self, format):
-            layers = [{"Name": "all", "Outputs": [{"Name": "x", "Format/Datatype": kind}]} for kind in state.types]
+            layers = [
+                {"Name": f"__myl_{index}", "LayerType": "kgen", "Metadata": f"[ONNX Layer: blocks.{index}.mlp/Gelu_1]",
+                 "Outputs": [{"Name": "x", "Format/Datatype": kind}]}
+                for index, kind in enumerate(state.types)
+            ]  # fmt: skip
             return json.dumps({"Layers": layers})
 
     class IRuntimeConfig(Strict):
@@ -242,6 +249,7 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
         def __init__(self, engine, strategy) -> None:
             assert strategy.name == "USER_MANAGED"
             self._engine, self._profile, self._shapes, self._addresses, self._scratch = engine, None, {}, {}, 0
+            self.profiler = None
 
         def set_optimization_profile_async(self, profile_index, stream_handle):
             self._profile = self._engine._plan["profiles"][profile_index]
@@ -281,6 +289,10 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
             for name, allowed in self._profile[1].items():
                 assert on_host[name].tolist() == allowed, "a budget that the profile does not have"
             cuda.streams[stream_handle].enqueue(lambda: self._compute(on_host))
+            if self.profiler is not None:
+                assert cuda.streams[stream_handle].recording is None, "a profiler waits, which cannot be recorded"
+                for index in range(len(state.types)):
+                    self.profiler.report_layer_time(f"__myl_{index}", 0.25 * (index + 1))
             return True
 
         def _read(self, name):
@@ -344,7 +356,7 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
                 return None
             return ICudaEngine(json.loads(serialized_engine.removeprefix(MAGIC)), self._log)
 
-    fakes = [ILogger, IProgressMonitor, Tensor, ILayer, INetworkDefinition, OnnxParser, IOptimizationProfile]
+    fakes = [ILogger, IProgressMonitor, IProfiler, Tensor, ILayer, INetworkDefinition, OnnxParser, IOptimizationProfile]
     fakes += [ITimingCache, IBuilderConfig, Builder, EngineInspector, IRuntimeConfig, IExecutionContext]
     for fake in (*fakes, ICudaEngine, Runtime):
         published = surface["classes"].get(fake.__name__)

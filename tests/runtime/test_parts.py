@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from runtime.manifest import PartCost
 from runtime.profiling.layers import Layer, LayerRow, measure_layers
+from runtime.profiling.openvino_layers import OpenVinoLayerTimer
 from runtime.profiling.part_table import parts_of_network
 from runtime.profiling.parts import REST, group_of, part_of, parts_in_order
 
@@ -51,6 +52,22 @@ def test_layers_take_time_and_have_one_name_each(layers):
         names = [layer.name for layer in each]
         assert len(names) == len(set(names))
         assert all(layer.ms >= 0 for layer in each) and sum(layer.ms for layer in each) > 0
+
+
+def test_openvino_steps_are_told_apart_and_budgets_too(micro):
+    """Its counters are means over all steps of a graph; the steps of a budget have to sum to its own."""
+    manifest = micro.manifest
+    large, small = manifest.presets["1.00"], manifest.presets["0.40"]
+    timer = OpenVinoLayerTimer(micro, manifest.graph, 1, "fp32")
+    for budget in (large, large, small, large, small):
+        timer.step(budget)
+    counters = {budget: stream.counters() for budget, stream in timer.streams.items()}
+    steps = timer.events()
+    for budget, places in ((large, (0, 1, 3)), (small, (2, 4))):
+        for layer, (name, _, mean_ms) in enumerate(counters[budget]):
+            events = [steps[place][layer] for place in places]
+            assert {event.name for event in events} == {name}
+            assert sum(event.ms for event in events) == pytest.approx(len(places) * mean_ms, abs=0.002 * len(places))
 
 
 def test_backend_without_a_timer_has_no_layers(micro):

@@ -22,6 +22,7 @@ from export.engine_request import EngineRequest
 from runtime.backend import load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.errors import BackendError, BackendUnavailableError, EngineMismatchError, StepError, TokenBudgetError
+from runtime.profiling.profile import ProfileRequest, profile_bundle
 from runtime.reference import verify_engine
 from runtime.stream import Stream
 
@@ -434,3 +435,39 @@ def test_without_the_bindings_it_says_how_to_get_them(bundle, machine, monkeypat
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'cuda-bindings"):
         load_engine(bundle, backend="tensorrt")
+
+
+# How long it takes
+
+
+def profile_of(bundle: Bundle, device: Device):
+    build_engines(bundle, device.backend, EngineRequest(bundle.manifest.presets))
+    request = ProfileRequest(backend=device.backend, steps=3, warm_up=1, presets=["0.40"])
+    return profile_bundle(bundle, request)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_profile_has_layers_parts_and_transfers(bundle, machine, version):
+    device = machine(version)
+    device.state.types = ["Row major linear FP32"] * 3
+    profile = profile_of(bundle, device)
+    assert [row.name for row in profile.rows] == ["dense", "keep 0.40"]
+    for layers in profile.layers.values():
+        assert [(layer.name, layer.op, layer.part, layer.ms) for layer in layers] == [
+            (f"blocks.{index}.mlp/Gelu_1", "kgen", f"blocks.{index}.mlp", 0.25 * (index + 1)) for index in range(3)
+        ]
+    assert {part.name for part in profile.parts} >= {"block 0 MLP", "blocks 1-2 MLP"}
+    assert profile.stages_ms["upload"] > 0 and profile.stages_ms["download"] > 0
+    assert "CUDA graph: used" in " ".join(profile.mode)
+
+
+def test_moving_once_more_changes_no_answer(bundle, machine):
+    device = machine()
+    built(bundle, device)
+    images, budgets = pictures(4), [RESET, USUAL, SMALL, USUAL]
+    with_transfers = []
+    buffers = load_engine(bundle, backend=device.backend).open_stream()
+    for image, budget in zip(images, budgets, strict=True):
+        with_transfers += run(buffers, [image], [budget])
+        assert min(buffers.transfers_ms()) >= 0
+    assert_same(with_transfers, expected(bundle, images, budgets))
