@@ -57,7 +57,7 @@ def main(
     """Measure and write ``benchmarks/results/precision.json``."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        fp32 = load_bundle(bundle or exported(work / "fp32"))
+        fp32 = load_bundle(bundle or exported(work / "exported"))
         record = Record(output, {"machine": machine(), "keep_ratio": RATIO, "clips": clips, "threads": threads})
         seen, unseen = observed(fp32, work / "scenes", threads)
         ranges = {name: METHODS["minmax"](histogram) for name, histogram in seen.histograms.items()}

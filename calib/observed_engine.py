@@ -43,7 +43,7 @@ class ObservedEngine:
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.report = EngineReport("onnxruntime", ort.__version__, "CPUExecutionProvider", threads)
 
-    def open_stream(self, batch: int = 1) -> ObservedBuffers:
+    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> ObservedBuffers:
         """The buffers of one stream, in its initial state."""
         return ObservedBuffers(self, batch)
 

@@ -85,8 +85,13 @@ class Engine(Protocol):
     report: EngineReport
     graph: GraphSpec
 
-    def open_stream(self, batch: int = 1) -> StreamBuffers:
-        """Allocate the buffers of one stream, in its initial state."""
+    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> StreamBuffers:
+        """Allocate the buffers of one stream, in its initial state.
+
+        Args:
+            usual_budget: Tokens kept at each stage by most frames; a backend that can make itself faster for one
+                budget does. The others stay possible.
+        """
 
     def close(self) -> None:
         """Give everything back; may be called twice."""

@@ -101,8 +101,8 @@ class OnnxRuntimeEngine:
         self._bundle, self._provider = bundle, provider
         self._graph_ids = itertools.count(1) if cuda_graph else None
 
-    def open_stream(self, batch: int = 1) -> OnnxRuntimeBuffers:
-        """Allocate the buffers of one stream, in its initial state."""
+    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> OnnxRuntimeBuffers:
+        """Allocate the buffers of one stream, in its initial state; all budgets are alike to a session."""
         device = "cuda" if self._provider == _CUDA else None
         return OnnxRuntimeBuffers(self._session, self._bundle, self.graph, batch, device, self._graph_ids)
 

@@ -1,4 +1,4 @@
-"""What OpenVINO leaves to us: an arg max without a sort, and what has to stay fp32 where the rest is bf16."""
+"""What OpenVINO leaves to us: an arg max without a sort, what stays fp32 where the rest is bf16, a fixed budget."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Node = Any  # openvino.Node has no stubs
 
+BUDGET = "token_budget"  # the input
 _VALUES = ("Parameter", "Constant")
 _SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
 # One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
@@ -102,6 +103,16 @@ def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
         for name, value in precise.items():
             node.set_rt_info(value, name)
     return len(marked)
+
+
+def fix_budget(model: ov.Model, budget: tuple[int, ...]) -> None:
+    """Put the token counts into the graph in place of its input ``token_budget``, so that all shapes are known."""
+    from openvino import opset13 as ops
+
+    parameter = next(node for node in model.get_parameters() if node.get_friendly_name() == BUDGET)
+    parameter.output(0).replace(ops.constant(np.array(budget, np.int64)).output(0))
+    model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
 
 
 def _spread(

@@ -154,10 +154,10 @@ def compare_engine(bundle: Bundle, engine: Engine, tolerance: float | None = Non
             )
         limits = Limits(limits.sqnr_db, limits.overlap, tolerance)
     reference = read_reference(bundle)
-    buffers = engine.open_stream()
     budgets = {}
     for name, preset in bundle.manifest.presets.items():
         if frames := cases(bundle, reference, name):
+            buffers = engine.open_stream(usual_budget=preset if engine.graph.has_budget else None)
             budgets[name] = _compare_budget(reference, engine, buffers, preset, frames, limits)
     return Verification(str(engine.report), precision, limits, budgets)
 

@@ -145,6 +145,11 @@ class Stream:
         return self._budget if self.controller is None else self.controller.budget
 
     @property
+    def usual_budget(self) -> tuple[int, ...] | None:
+        """The budget of all frames with a prior; None where a controller chooses, or there is nothing to choose."""
+        return self._budget if self.controller is None and self.engine.graph.has_budget else None
+
+    @property
     def buffers(self) -> StreamBuffers:
         """The stream's own memory, with its state; allocated on first use."""
         self.open()
@@ -154,7 +159,7 @@ class Stream:
     def open(self) -> None:
         """Allocate all buffers; does nothing if the stream is open. One that was closed starts without a prior."""
         if self._buffers is None:
-            self._buffers = self.engine.open_stream()
+            self._buffers = self.engine.open_stream(usual_budget=self.usual_budget)
             self._detector.note(FIRST_FRAME)
 
     def close(self) -> None:

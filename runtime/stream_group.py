@@ -41,7 +41,8 @@ class StreamGroup:
         self._streams = streams
         engine = streams[0].engine
         self._largest = min(len(streams), engine.report.largest_batch)
-        self._batches = {size: _Batch(engine.open_stream(size)) for size in range(2, self._largest + 1)}
+        usual = streams[0].usual_budget
+        self._batches = {size: _Batch(engine.open_stream(size, usual)) for size in range(2, self._largest + 1)}
 
     def infer(self, ready: Mapping[int, PreparedFrame]) -> dict[int, Answer | StepError]:
         """Run one frame of each camera in ``ready`` and carry their priors on.

@@ -62,8 +62,8 @@ class TensorRtEngine:
             self.record.budgets,
         )
 
-    def open_stream(self, batch: int = 1) -> TensorRtBuffers:
-        """Allocate the buffers of one stream, in its initial state.
+    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> TensorRtBuffers:
+        """Allocate the buffers of one stream, in its initial state; every budget has a profile of its own anyway.
 
         Raises:
             BackendError: The engine is closed, or was not built for this batch.

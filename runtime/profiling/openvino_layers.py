@@ -28,7 +28,7 @@ class OpenVinoLayerTimer:
         """Run one step and carry the state on."""
         if budget not in self.streams:
             engine = OpenVinoEngine(self._bundle, self._graph, **self._settings)  # type: ignore[arg-type]
-            self.streams[budget] = CountedStream(engine)
+            self.streams[budget] = CountedStream(engine, budget)
         self._steps.append(self.streams[budget].step(budget))
 
     def events(self) -> list[list[LayerEvent]]:
@@ -41,8 +41,8 @@ class OpenVinoLayerTimer:
 class CountedStream:
     """One stream on an engine of its own, with what its counters had summed up to."""
 
-    def __init__(self, engine: OpenVinoEngine) -> None:
-        self._engine, self._buffers = engine, engine.open_stream()
+    def __init__(self, engine: OpenVinoEngine, budget: Budget) -> None:
+        self._engine, self._buffers = engine, engine.open_stream(usual_budget=budget)
         self._buffers.image[:] = 128
         self._totals_ms: list[float] = []
         self._count = 0

@@ -62,8 +62,8 @@ class FaultyEngine:
         self.report, self.graph = engine.report, engine.graph
         self._engine, self._faults = engine, deque(faults)
 
-    def open_stream(self, batch: int = 1) -> FaultyBuffers:
-        return FaultyBuffers(self._engine.open_stream(batch), self._faults)
+    def open_stream(self, batch: int = 1, usual_budget=None) -> FaultyBuffers:
+        return FaultyBuffers(self._engine.open_stream(batch, usual_budget), self._faults)
 
     def close(self) -> None:
         pass

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from runtime.backend import load_engine
+from runtime.budget_controller import controller_for
 from runtime.bundle import load_bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.openvino_core import computes_in_bf16
@@ -41,11 +42,11 @@ def assert_close(got, want, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("which", ["graph", "baseline"])
-def test_equals_onnx_runtime_frame_by_frame(micro, drifting_frames, which, batch):
-    """Each frame from ONNX Runtime's state, under changing budgets."""
+@pytest.mark.parametrize(("which", "usual"), [("graph", None), ("graph", BUDGETS[1]), ("baseline", None)])
+def test_equals_onnx_runtime_frame_by_frame(micro, drifting_frames, which, usual, batch):
+    """Each frame from ONNX Runtime's state, under changing budgets, also where one of them has a graph of its own."""
     graph = getattr(micro.manifest, which)
-    one = load_engine(micro, graph, backend="openvino", threads=1).open_stream(batch)
+    one = load_engine(micro, graph, backend="openvino", threads=1).open_stream(batch, usual)
     other = load_engine(micro, graph, threads=1).open_stream(batch)
     clips = [list(drifting_frames(len(BUDGETS), seed=seed)) for seed in range(batch)]
     assert_close(one.state(), other.state(), 0.0)
@@ -59,9 +60,10 @@ def test_equals_onnx_runtime_frame_by_frame(micro, drifting_frames, which, batch
         assert_close(one.state(), other.state())
 
 
-def test_threshold_graph_runs_with_counts_from_the_data(threshold_bundle, drifting_frames):
+@pytest.mark.parametrize("usual", [None, (60,)])
+def test_threshold_graph_runs_with_counts_from_the_data(threshold_bundle, drifting_frames, usual):
     bundle = load_bundle(threshold_bundle)
-    one = load_engine(bundle, backend="openvino", threads=1).open_stream()
+    one = load_engine(bundle, backend="openvino", threads=1).open_stream(usual_budget=usual)
     other = load_engine(bundle, threads=1).open_stream()
     for frame in drifting_frames(4):
         one.set_state(other.state())
@@ -91,6 +93,18 @@ def test_stream_carries_its_own_prior_and_reset_forgets_it(micro, engine, drifti
     for (a, b), c in zip(together, again, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
+
+
+def test_only_a_stream_of_one_budget_gets_a_graph_of_its_own(micro):
+    engine = load_engine(micro, backend="openvino", threads=1)
+    usual = micro.manifest.presets[micro.manifest.default_preset]
+    with Stream(micro, engine) as stream:
+        assert set(stream.buffers._requests) == {None, usual}
+        names = {port.any_name for port in engine.compiled(1, usual).inputs}
+        assert names == {port.any_name for port in engine.compiled(1).inputs} - {"token_budget"}
+        assert all(port.partial_shape.is_static for port in engine.compiled(1, usual).outputs)
+    with Stream(micro, engine, controller=controller_for(micro.manifest, engine.report, 50.0)) as stream:
+        assert set(stream.buffers._requests) == {None}
 
 
 def test_step_that_is_not_committed_leaves_the_state(engine, drifting_frames):
@@ -135,13 +149,13 @@ def test_failed_step_is_a_step_error_and_the_next_one_works(engine, drifting_fra
             raise RuntimeError("Exception from src/inference.cpp:1:\nout of memory")
 
     buffers = engine.open_stream()
-    before, request = buffers.state(), buffers._request
+    before, request = buffers.state(), buffers._requests[None]
     buffers.image[0] = next(iter(drifting_frames(1)))
-    buffers._request = Broken(request)
+    buffers._requests[None] = Broken(request)
     with pytest.raises(StepError, match=r"OpenVINO failed on model\.onnx with budget \(60, .*: out of memory"):
         buffers.run(ALL)
     assert_close(buffers.state(), before, 0.0)
-    buffers._request = request
+    buffers._requests[None] = request
     assert buffers.run(ALL)["tokens_kept"].tolist() == [list(ALL)]
 
 
@@ -193,6 +207,7 @@ import faulthandler, os, signal, sys
 from pathlib import Path
 
 from runtime.backend import load_engine
+from runtime.budget_controller import controller_for
 from runtime.bundle import load_bundle
 
 faulthandler.enable()  # so that there is a stack for signal handlers

@@ -271,8 +271,8 @@ class Rounded:
         self.report, self.graph = replace(engine.report, precision=precision), engine.graph
         self._engine, self._noise, self._swaps, self._fails = engine, noise, swaps, fails
 
-    def open_stream(self, batch: int = 1):
-        real, rng = self._engine.open_stream(batch), np.random.default_rng(0)
+    def open_stream(self, batch: int = 1, usual_budget=None):
+        real, rng = self._engine.open_stream(batch, usual_budget), np.random.default_rng(0)
         run = real.run
 
         def rounded(budget):

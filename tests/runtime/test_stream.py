@@ -271,7 +271,7 @@ def test_state_with_nan_is_noticed_by_the_graph(micro, micro_engine, drifting_fr
         report, graph = micro_engine.report, micro_engine.graph
         buffers = micro_engine.open_stream()
 
-        def open_stream(self):
+        def open_stream(self, batch=1, usual_budget=None):
             return self.buffers
 
     frames = drifting_frames(4)

@@ -30,8 +30,8 @@ class BatchedEngine:
         self.faults = list(faults or [])
         self._engine = engine
 
-    def open_stream(self, batch: int = 1) -> NotedBuffers:
-        return NotedBuffers(self, self._engine.open_stream(batch))
+    def open_stream(self, batch: int = 1, usual_budget=None) -> NotedBuffers:
+        return NotedBuffers(self, self._engine.open_stream(batch, usual_budget))
 
     def close(self) -> None:
         pass
