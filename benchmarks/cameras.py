@@ -17,19 +17,18 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.speed import RESULTS, machine, random_bundle
+from benchmarks.speed import ENGINES, RESULTS, machine, random_bundle
 from runtime.backend import load_engine
 from runtime.bundle import Bundle, load_bundle
 
 BATCHES = (1, 2, 4)
-ENGINES = (("onnxruntime", None), ("openvino", "fp32"), ("openvino", "bf16"))
 
 
 def measure(bundle: Bundle, backend: str, precision: str | None, threads: int, steps: int) -> dict[str, Any]:
     """Median milliseconds for a frame in each batch, with the prior carried, at the default budget."""
     engine = load_engine(bundle, backend=backend, threads=threads, precision=precision)
     budget = bundle.manifest.presets[bundle.manifest.default_preset]
-    buffers = {batch: engine.open_stream(batch) for batch in BATCHES}
+    buffers = {batch: engine.open_stream(batch, budget) for batch in BATCHES}
     times: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for one in buffers.values():
         one.image[:] = np.random.default_rng(0).integers(0, 256, one.image.shape, np.uint8)

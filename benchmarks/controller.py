@@ -33,6 +33,8 @@ from runtime.video.frame import Frame
 LOW, HIGH = 0.4, 0.7
 SETTLING = 50  # frames that a controller may learn from before it is judged
 PERIOD_S = 0.02  # of the load
+TOGETHER = 20  # frames whose median is written
+ROW = ("latency_ms", "share")
 
 
 def busy(share: float) -> None:
@@ -106,8 +108,14 @@ def hold(controller: BudgetController, bundle: Bundle, engine: Engine, frames: i
         "changes": controller.count.changes,
         "median_share_alone": float(np.median([row["share"] for row in alone[SETTLING:]])),
         "median_share_against_load": float(np.median([row["share"] for row in against])),
-        "frames": alone + against,
+        f"medians_of_{TOGETHER}_frames": medians(alone + against),
     }
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Latency and share over time."""
+    blocks = [rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER)]
+    return {name: [round(float(np.median([row[name] for row in block])), 3) for block in blocks] for name in ROW}
 
 
 def out_of_reach(controller: BudgetController, bundle: Bundle, engine: Engine, frames: int) -> dict[str, Any]:
@@ -146,8 +154,7 @@ def main(
         "out_of_reach": out_of_reach(beyond, loaded, engine, 150),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"controller-{manifest.origin.model}.json").write_text(json.dumps(result) + "\n")
-    result["within_reach"] = {name: value for name, value in result["within_reach"].items() if name != "frames"}
+    (RESULTS / f"controller-{manifest.origin.model}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

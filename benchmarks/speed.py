@@ -1,9 +1,9 @@
-"""What pruning is worth: vpp-eo-tiny at 960 x 544, ONNX Runtime fp32, against its clean dense export.
+"""What pruning is worth: vpp-eo-tiny at 960 x 544 on every backend of a CPU, against its clean dense export.
 
     python -m benchmarks.speed
 
-Weights are random: the time of a step depends on the token counts, not on the values. All rows of one run take turns
-step by step, so that a machine whose speed drifts touches all of them alike; quote the ratios.
+Weights are random: the time of a step depends on the token counts, not on the values. The rows of one backend take
+turns in blocks of steps, so that a machine whose speed drifts touches all of them alike; quote the ratios.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from runtime.video.sources import SourceCounters
 OBJECTS = 3  # that a random network shows on its first picture; more later
 START_MARGIN = 0.62  # log-odds of the tracker's start score of 0.65
 RESULTS = Path(__file__).parent / "results"
+ENGINES = (("onnxruntime", None), ("openvino", "fp32"), ("openvino", "bf16"))
 
 
 def machine() -> dict[str, Any]:
@@ -66,9 +67,9 @@ def random_bundle(name: str, image_size: tuple[int, int], folder: Path) -> Bundl
 
 def bare_loop(bundle: Bundle, engine: Engine, steps: int) -> float:
     """Steps per second of the graph alone, at the default budget, with the prior carried."""
-    buffers = engine.open_stream()
-    buffers.image[:] = np.random.default_rng(0).integers(0, 256, buffers.image.shape, np.uint8)
     budget = bundle.manifest.presets[bundle.manifest.default_preset]
+    buffers = engine.open_stream(usual_budget=budget)
+    buffers.image[:] = np.random.default_rng(0).integers(0, 256, buffers.image.shape, np.uint8)
     for _ in range(3):
         buffers.run(budget)
         buffers.commit()
@@ -126,13 +127,16 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = random_bundle(model, size, folder)
-        profile = profile_bundle(bundle, ProfileRequest(threads=threads, steps=steps, layers=False))
+        profiles = [
+            _summary(profile_bundle(bundle, ProfileRequest(name, precision, threads, steps=steps)).as_dict())
+            for name, precision in ENGINES
+        ]
         engine = load_engine(bundle, threads=threads)
         pairs = _loops(bundle, engine, steps)
     result = {
         "machine": machine(),
         "weights": "random",
-        "profile": _without_steps(profile.as_dict()),
+        "profiles": profiles,
         "bare_steps_per_s": [round(bare, 3) for bare, _ in pairs],
         "run_frames_per_s": [round(run, 3) for _, (run, _) in pairs],
         "run_objects_per_frame": round(pairs[0][1][1], 2),
@@ -144,10 +148,11 @@ def main(
     print(json.dumps(result, indent=2))
 
 
-def _without_steps(profile: dict[str, Any]) -> dict[str, Any]:
-    """The profile without every single step."""
+def _summary(profile: dict[str, Any]) -> dict[str, Any]:
+    """The profile without every single step and layer, and without the costs that the manifest states."""
     rows = [{name: row[name] for name in row if name not in ("times_ms", "at_s")} for row in profile["rows"]]
-    return profile | {"rows": rows}
+    parts = [{name: part[name] for name in ("name", "ms", "lost_ms")} for part in profile["parts"]]
+    return {name: value for name, value in profile.items() if name != "layers"} | {"rows": rows, "parts": parts}
 
 
 def _loops(bundle: Bundle, engine: Engine, steps: int) -> list[tuple[float, tuple[float, float]]]:
