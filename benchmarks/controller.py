@@ -136,7 +136,7 @@ def main(
     frames: Annotated[int, typer.Option(min=200, help="Frames with a target within reach.")] = 600,
     load: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of one core that the load takes.")] = 0.25,
 ) -> None:
-    """Measure and write ``benchmarks/results/controller-MODEL.json``."""
+    """Measure and write ``benchmarks/results/controller-MODEL-load-LOAD.json``."""
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_bundle(bundle) if bundle else random_bundle("vpp-eo-tiny", (544, 960), Path(folder))
         engine = load_engine(loaded, backend=backend, threads=threads)
@@ -154,7 +154,7 @@ def main(
         "out_of_reach": out_of_reach(beyond, loaded, engine, 150),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"controller-{manifest.origin.model}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"controller-{manifest.origin.model}-load-{load:g}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

@@ -128,7 +128,7 @@ def main(
         folder = Path(name)
         bundle = random_bundle(model, size, folder)
         profiles = [
-            _summary(profile_bundle(bundle, ProfileRequest(name, precision, threads, steps=steps)).as_dict())
+            _summary(profile_bundle(bundle, ProfileRequest(name, threads, precision, steps)).as_dict())
             for name, precision in ENGINES
         ]
         engine = load_engine(bundle, threads=threads)

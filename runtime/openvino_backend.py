@@ -19,7 +19,6 @@ from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, replace_arg
 if TYPE_CHECKING:
     import openvino as ov
 
-_LARGEST_BATCH = 4  # a frame takes less time in a batch of 4 than alone: benchmarks/results/cameras-vpp-eo-tiny.json
 Budget = tuple[int, ...] | None  # tokens kept at each stage, as far as the graph reads them
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -66,9 +65,7 @@ class OpenVinoEngine:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._bundle, self.graph = bundle, graph
         number = version("openvino")
-        self.report = EngineReport(
-            "openvino", number, f"{DEVICE} in {precision}", threads, precision, largest_batch=_LARGEST_BATCH
-        )
+        self.report = EngineReport("openvino", number, f"{DEVICE} in {precision}", threads, precision)
         self._compiled: dict[tuple[int, Budget], ov.CompiledModel] = {}
         self.compiled(1)
 

@@ -18,9 +18,10 @@ from export.bundle_writer import ExportRequest, export_bundle
 from models.checkpoints import save_checkpoint
 from models.configs import CONFIGS
 from models.training import evaluate as module
+from models.training import validation
 from models.training.evaluate import evaluate, open_data, write_results
 from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
-from models.training.validation import CLIPS_PER_SEED, SCENES, write_validation
+from models.training.validation import SCENES, write_validation
 from models.vpp_eo import VppEo
 from models.vpp_rovis.config import VppRovisConfig
 from runtime.bundle import load_bundle
@@ -164,7 +165,7 @@ def test_results_that_cannot_be_written_leave_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_validation_scenes_are_the_same_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setitem(CLIPS_PER_SEED, 1, 2)
+    monkeypatch.setattr(validation, "CLIPS_CHOSEN_ON", 2)
     for name in ("one", "other"):
         write_validation(tmp_path / name, [1])
     for path in (tmp_path / "one").rglob("*.*"):
@@ -173,5 +174,5 @@ def test_validation_scenes_are_the_same_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_validation_set_has_at_least_64_clips_of_36_frames():
-    assert sum(CLIPS_PER_SEED[seed] for seed in (0, 1, 2)) >= 64 and CLIPS_PER_SEED[3] >= 64
+    assert len(validation.CHOSEN_ON) * validation.CLIPS_CHOSEN_ON >= 64 and validation.CLIPS_UNSEEN >= 64
     assert (SCENES.frames, SCENES.height, SCENES.width) == (36, 288, 512)
