@@ -67,14 +67,13 @@ class OpenVinoEngine:
         number = version("openvino")
         self.report = EngineReport("openvino", number, f"{DEVICE} in {precision}", threads, precision)
         self._compiled: dict[tuple[int, Budget], ov.CompiledModel] = {}
-        self.compiled(1)
+        self._read()  # so that a graph that cannot be read is said now
 
     def compiled(self, batch: int, budget: Budget = None) -> ov.CompiledModel:
         """The graph compiled for a batch and one budget, or any; as it is at every call after the first."""
-        path = self._bundle.path(self.graph)
         if (batch, budget) not in self._compiled:
+            model = self._read()
             try:
-                model = self._core.read_model(str(path))
                 maxima = replace_arg_max(model)
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model, maxima)
@@ -83,14 +82,25 @@ class OpenVinoEngine:
                     fix_budget(model, budget)
                 self._compiled[batch, budget] = self._core.compile_model(model, DEVICE, self._config)
             except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
-                raise BackendError(f"OpenVINO cannot load {path}: {_first_lines(error)}") from error
+                raise self._cannot_load(error) from error
         return self._compiled[batch, budget]
 
+    def _read(self) -> ov.Model:
+        try:
+            return self._core.read_model(str(self._bundle.path(self.graph)))
+        except Exception as error:
+            raise self._cannot_load(error) from error
+
+    def _cannot_load(self, error: Exception) -> BackendError:
+        return BackendError(f"OpenVINO cannot load {self._bundle.path(self.graph)}: {_first_lines(error)}")
+
     def open_stream(self, batch: int = 1, usual_budget: Budget = None) -> OpenVinoBuffers:
-        """Allocate the buffers of one stream, in its initial state; compiles the graph for its usual budget."""
-        budgets = {None, budget_input(self.graph, usual_budget)}
-        requests = {budget: self.compiled(batch, budget).create_infer_request() for budget in budgets}
-        return OpenVinoBuffers(requests, self._bundle, self.graph, batch)
+        """Allocate the buffers of one stream, in its initial state; compiles the graph for its usual budget.
+
+        Raises:
+            BackendError: OpenVINO cannot compile the graph.
+        """
+        return OpenVinoBuffers(self, self._bundle, batch, budget_input(self.graph, usual_budget))
 
     def close(self) -> None:
         """Give the compiled graphs back; may be called twice."""
@@ -103,16 +113,17 @@ class OpenVinoBuffers:
     State that the tracker writes is one tensor, which both sets share.
 
     Args:
-        requests: By the budget that each is for; None takes any.
+        usual: The budget that has a graph of its own; the graph for all others is compiled when the first one comes.
     """
 
-    def __init__(
-        self, requests: Mapping[Budget, ov.InferRequest], bundle: Bundle, graph: GraphSpec, batch: int
-    ) -> None:
+    def __init__(self, engine: OpenVinoEngine, bundle: Bundle, batch: int, usual: Budget) -> None:
         import openvino
 
-        self._requests, self._bundle, self._graph, self._batch = requests, bundle, graph, batch
-        self._last = requests[None]  # that ran
+        self._engine, self._bundle, self._graph, self._batch = engine, bundle, engine.graph, batch
+        graph = engine.graph
+        self._requests: dict[Budget, ov.InferRequest] = {}  # by the budget that each is for; None takes any
+        self._usual = usual
+        self._last = self._request(usual)  # that ran
         carried = {pair.output: pair.input for pair in graph.carried if pair.output is not None}
         arrays = {
             spec.name: np.zeros(spec.shape_for(batch), spec.dtype)
@@ -139,11 +150,11 @@ class OpenVinoBuffers:
         arrays, counts = self._sets[0], budget_input(self._graph, token_budget)
         if counts is not None:
             arrays[BUDGET][:] = counts
-        request, bound = self._requests.get(counts, self._requests[None]), self._bound[self._current]
-        fixed = {BUDGET} if request is not self._requests[None] else {}
+        is_fixed, bound = counts is not None and counts == self._usual, self._bound[self._current]
         try:
+            request = self._request(counts if is_fixed else None)
             for name in self._names:
-                if name not in fixed:
+                if not (is_fixed and name == BUDGET):
                     request.set_tensor(name, bound[name])
             request.infer()
         except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
@@ -152,6 +163,11 @@ class OpenVinoBuffers:
             ) from error
         self._last = request
         return self._outputs
+
+    def _request(self, budget: Budget) -> ov.InferRequest:
+        if budget not in self._requests:
+            self._requests[budget] = self._engine.compiled(self._batch, budget).create_infer_request()
+        return self._requests[budget]
 
     def layer_counters(self) -> list[tuple[str, str, float]]:
         """Name, kind and milliseconds of each node of the graph that ran last, in order: means over all its steps."""

@@ -95,10 +95,13 @@ def test_stream_carries_its_own_prior_and_reset_forgets_it(micro, engine, drifti
         np.testing.assert_array_equal(a, c)
 
 
-def test_only_a_stream_of_one_budget_gets_a_graph_of_its_own(micro):
+def test_only_a_stream_of_one_budget_gets_a_graph_of_its_own(micro, drifting_frames):
     engine = load_engine(micro, backend="openvino", threads=1)
     usual = micro.manifest.presets[micro.manifest.default_preset]
     with Stream(micro, engine) as stream:
+        assert set(stream.buffers._requests) == {usual}
+        for frame in drifting_frames(2):
+            stream.step(frame)  # the first without a prior, so with another budget
         assert set(stream.buffers._requests) == {None, usual}
         names = {port.any_name for port in engine.compiled(1, usual).inputs}
         assert names == {port.any_name for port in engine.compiled(1).inputs} - {"token_budget"}
@@ -149,7 +152,7 @@ def test_failed_step_is_a_step_error_and_the_next_one_works(engine, drifting_fra
             raise RuntimeError("Exception from src/inference.cpp:1:\nout of memory")
 
     buffers = engine.open_stream()
-    before, request = buffers.state(), buffers._requests[None]
+    before, request = buffers.state(), buffers._request(None)
     buffers.image[0] = next(iter(drifting_frames(1)))
     buffers._requests[None] = Broken(request)
     with pytest.raises(StepError, match=r"OpenVINO failed on model\.onnx with budget \(60, .*: out of memory"):
