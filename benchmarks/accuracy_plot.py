@@ -1,6 +1,8 @@
-"""The plot of what :mod:`benchmarks.accuracy` measured: AP over milliseconds, and over the tokens kept.
+"""The plot of what :mod:`benchmarks.accuracy` measured: AP over the time of a frame, and over the tokens kept.
 
-python -m benchmarks.accuracy_plot benchmarks/results/accuracy.json docs/accuracy.svg
+    python -m benchmarks.accuracy_plot docs/accuracy.svg benchmarks/results/accuracy.json [MORE.json ...]
+
+Times are shares of the dense network's in the same run, so that runs on different machines fit into one plot.
 """
 
 from __future__ import annotations
@@ -17,16 +19,19 @@ import matplotlib.pyplot as plt
 
 
 def main(
-    measured: Annotated[Path, typer.Argument(help="JSON of benchmarks.accuracy.")],
     output: Annotated[Path, typer.Argument(help="Picture to write: .svg, .png, .pdf.")],
+    measured: Annotated[
+        list[Path], typer.Argument(help="JSON of benchmarks.accuracy; of equal rows the first counts.")
+    ],
 ) -> None:
     """Draw both panels, one line for each network."""
-    result: dict[str, Any] = json.loads(measured.read_text())
-    rows = result["rows"]
+    results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in measured]
+    found = {(row["network"], row["keep_ratio"]): row for result in reversed(results) for row in result["rows"]}
+    rows = [row | {"time": 1.0 / row["speed_up"]} for row in found.values()]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     dense = next(row for row in rows if row["keep_ratio"] is None)
     for panel, field, label, factor in (
-        (panels[0], "median_ms", "milliseconds per frame (median)", 1.0),
+        (panels[0], "time", "time of a frame (%, median, of the dense network's in the same run)", 100.0),
         (panels[1], "tokens_kept", "patch tokens computed (%, mean over blocks and frames)", 100.0),
     ):
         for number, name in enumerate(dict.fromkeys(row["network"] for row in rows if row is not dense)):
@@ -39,8 +44,8 @@ def main(
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("AP, YouTube-VIS protocol")
     panels[1].legend(fontsize=8)
-    clips = result["data"]["clips"]
-    figure.suptitle(f"{clips} held-out generated clips, {result['engine']}", fontsize=10)
+    clips = results[0]["data"]["clips"]
+    figure.suptitle(f"{clips} held-out generated clips, {results[0]['engine']}", fontsize=10)
     figure.savefig(output)
 
 
