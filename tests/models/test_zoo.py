@@ -30,11 +30,14 @@ def test_every_checkpoint_is_small_and_has_a_card():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keep_ratio", "least_found"), [(1.0, 0.6), (0.55, 0.5)])
-def test_finds_held_out_objects(keep_ratio, least_found):
+@pytest.mark.parametrize(
+    ("size", "keep_ratio", "least_found"),
+    [("nano", 1.0, 0.6), ("nano", 0.55, 0.5), ("tiny", 1.0, 0.5), ("tiny", 0.55, 0.5)],
+)
+def test_finds_held_out_objects(size, keep_ratio, least_found):
     """What the card says, with room for other machines; random weights find none."""
     torch.set_num_threads(1)
-    model = load_checkpoint(ZOO / "vpp-eo-nano-scenes.safetensors")
+    model = load_checkpoint(ZOO / f"vpp-eo-{size}-scenes.safetensors")
     assert model.config.classes == CLASSES
     matches = [match for seed in HELD_OUT_SEEDS for match in _best_matches(model, seed, keep_ratio)]
     assert len(matches) > 50
