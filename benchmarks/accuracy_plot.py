@@ -27,6 +27,8 @@ def main(
     """Draw both panels, one line for each network."""
     results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in measured]
     found = {(row["network"], row["keep_ratio"]): row for result in reversed(results) for row in result["rows"]}
+    if any("speed_up" not in row for row in found.values()):
+        raise typer.BadParameter("there are rows without times. Run benchmarks.accuracy again, without --steps 0.")
     rows = [row | {"time": 1.0 / row["speed_up"]} for row in found.values()]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     dense = next(row for row in rows if row["keep_ratio"] is None)

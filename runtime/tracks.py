@@ -147,12 +147,9 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _mask_quality(mask_logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean mask probability inside each mask [O], 0 where it is empty; Mask2Former's score factor."""
-    inside = (logits[logits > 0] for logits in mask_logits)
-    return np.array([_mean_probability(logits) if len(logits) else 0.0 for logits in inside], np.float32)
-
-
-def _mean_probability(logits: NDArray[np.float32]) -> float:
-    return float((1.0 / (1.0 + np.exp(-np.minimum(logits, 30)))).mean())
+    inside = mask_logits > 0
+    probability = inside / (1.0 + np.exp(-np.clip(mask_logits, 0.0, 30.0)))
+    return np.asarray(probability.sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1), np.float32)
 
 
 def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

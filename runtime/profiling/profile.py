@@ -255,7 +255,7 @@ def _layers(
 
 def _latency_rows(bundle: Bundle, rows: Sequence[_Row], turns: Turns, log: SensorLog) -> tuple[LatencyRow, ...]:
     start = min(turns.started_s[row.name][0] for row in rows)
-    dense = {row.batch: float(np.median(turns.times_ms[row.name])) for row in rows if row.preset is None}
+    dense = {row.batch: Distribution.of(np.array(turns.times_ms[row.name])).p50 for row in rows if row.preset is None}
     return tuple(_latency_row(bundle, row, turns, dense.get(row.batch), start, log) for row in rows)
 
 

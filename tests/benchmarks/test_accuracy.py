@@ -66,6 +66,6 @@ def test_run_that_goes_on_uses_what_there_is(measured, monkeypatch):
 
 def test_plot_is_drawn(measured):
     folder, _ = measured
-    invoke(accuracy_plot.main, [folder / "out.json", folder / "plot.svg"])
+    invoke(accuracy_plot.main, [folder / "plot.svg", folder / "out.json"])
     text = (folder / "plot.svg").read_text()
     assert "<svg" in text and len(text) > 10_000
