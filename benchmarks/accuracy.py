@@ -72,7 +72,7 @@ def times(bundles: dict[str, Bundle], rows: list[Key], threads: int, steps: int)
         manifest = bundle.manifest
         engine = load_engine(bundle, manifest.baseline if ratio is None else None, threads=threads)
         budget = None if ratio is None else manifest.budget_rule.for_ratio(ratio)
-        tasks[f"{name}/{ratio}"] = stepper(engine.open_stream(usual_budget=budget), budget, manifest.budget_rule)
+        tasks[f"{name}/{ratio}"] = stepper(engine, budget, manifest.budget_rule)
     measured = measure_in_turn(tasks, steps, 3, lambda: None)
     return {(name, ratio): float(np.median(measured.times_ms[f"{name}/{ratio}"])) for name, ratio in rows}
 

@@ -118,8 +118,7 @@ def our_rows(bundle: Bundle, threads: int) -> Iterator[tuple[str, float, Task]]:
     for backend, precision in (("onnxruntime", None), *(("openvino", precision) for precision in PRECISIONS)):
         engine = load_engine(bundle, backend=backend, threads=threads, precision=precision)
         for ratio in RATIOS:
-            budget = manifest.presets[ratio]
-            task = stepper(engine.open_stream(usual_budget=budget), budget, manifest.budget_rule)
+            task = stepper(engine, manifest.presets[ratio], manifest.budget_rule)
             yield f"ours {ratio}, {' '.join(filter(None, (backend, precision)))}", manifest.giga_macs[ratio], task
 
 

@@ -90,7 +90,7 @@ class Engine(Protocol):
 
         Args:
             usual_budget: Tokens kept at each stage by most frames; a backend that can make itself faster for one
-                budget does. The others stay possible.
+                budget does. The others stay possible; a graph without selection has none.
         """
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ class OpenVinoEngine:
         Raises:
             BackendError: OpenVINO cannot compile the graph.
         """
-        return OpenVinoBuffers(self, self._bundle, batch, budget_input(self.graph, usual_budget))
+        return OpenVinoBuffers(self, self._bundle, batch, _budget_input(self.graph, usual_budget))
 
     def close(self) -> None:
         """Give the compiled graphs back; may be called twice."""
@@ -147,14 +147,14 @@ class OpenVinoBuffers:
 
     def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
         """Run one step; see :class:`runtime.backend.StreamBuffers`."""
-        arrays, counts = self._sets[0], budget_input(self._graph, token_budget)
+        arrays, counts = self._sets[0], _budget_input(self._graph, token_budget)
         if counts is not None:
             arrays[BUDGET][:] = counts
-        is_fixed, bound = counts is not None and counts == self._usual, self._bound[self._current]
+        fixed, bound = counts if counts == self._usual else None, self._bound[self._current]
         try:
-            request = self._request(counts if is_fixed else None)
+            request = self._request(fixed)
             for name in self._names:
-                if not (is_fixed and name == BUDGET):
+                if fixed is None or name != BUDGET:
                     request.set_tensor(name, bound[name])
             request.infer()
         except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
@@ -207,7 +207,7 @@ class OpenVinoBuffers:
             target[:] = value
 
 
-def budget_input(graph: GraphSpec, token_budget: Budget) -> Budget:
+def _budget_input(graph: GraphSpec, token_budget: Budget) -> Budget:
     """The part of a budget that the graph reads; None if it reads none."""
     if token_budget is None or not graph.has_budget:
         return None

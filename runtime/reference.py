@@ -157,7 +157,7 @@ def compare_engine(bundle: Bundle, engine: Engine, tolerance: float | None = Non
     budgets = {}
     for name, preset in bundle.manifest.presets.items():
         if frames := cases(bundle, reference, name):
-            buffers = engine.open_stream(usual_budget=preset if engine.graph.has_budget else None)
+            buffers = engine.open_stream(usual_budget=preset)
             budgets[name] = _compare_budget(reference, engine, buffers, preset, frames, limits)
     return Verification(str(engine.report), precision, limits, budgets)
 

@@ -146,8 +146,8 @@ class Stream:
 
     @property
     def usual_budget(self) -> tuple[int, ...] | None:
-        """The budget of all frames with a prior; None where a controller chooses, or there is nothing to choose."""
-        return self._budget if self.controller is None and self.engine.graph.has_budget else None
+        """The budget of all frames with a prior; None where a controller chooses."""
+        return self._budget if self.controller is None else None
 
     @property
     def buffers(self) -> StreamBuffers:

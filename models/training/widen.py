@@ -6,14 +6,15 @@ Training a wider network from nothing takes a multiple of what the narrow one to
 After Net2Net (arXiv:1511.05641), but channels are added, not doubled: what writes to the residual stream writes zeros
 to the new channels, what reads them starts random, and so do new heads and hidden units, whose outputs start at zero.
 
-Every reader of the stream begins with a LayerNorm, which takes the mean away: so the writers may be freed of theirs,
-the mean stays zero with any number of empty channels, and the variance shrinks by the ratio of the widths, which the
-norm's gain takes back. Selectors are not carried over; they start untrained.
+Without selection every reader of the stream begins with a LayerNorm, which takes the mean away: so the writers may be
+freed of theirs, the mean stays zero with any number of empty channels, and the variance shrinks by the ratio of the
+widths, which the norm's gain takes back. Selectors and exit adapter are not carried over; they start untrained.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +23,12 @@ import typer
 from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.configs import VppEoConfig, config_by_name
+from models.configs import CONFIGS, VppEoConfig
 from models.vit import Block, Mlp
 from models.vpp_eo import MaskHead, VppEo
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DeployError
+
+ModelName = Enum("ModelName", {name: name for name in CONFIGS}, type=str)  # what the command offers
 
 
 def widened(model: VppEo, sizes: VppEoConfig, seed: int = 0) -> VppEo:
@@ -37,10 +40,10 @@ def widened(model: VppEo, sizes: VppEoConfig, seed: int = 0) -> VppEo:
         seed: Of the weights that start random.
 
     Raises:
-        CheckpointError: ``sizes`` is nowhere wider, somewhere narrower, or has heads of another width.
+        CheckpointError: ``sizes`` has no more channels, fewer mask channels, or heads of another width.
     """
     old, new = model.config, sizes
-    if not (new.embed_dim > old.embed_dim and new.mask_dim >= old.mask_dim and new.mlp_ratio == old.mlp_ratio):
+    if new.embed_dim <= old.embed_dim or new.mask_dim < old.mask_dim:
         raise CheckpointError(
             f"{new.name} (C = {new.embed_dim}, {new.mask_dim} mask channels) is not wider than {old.name} "
             f"(C = {old.embed_dim}, {old.mask_dim} mask channels)."
@@ -123,11 +126,15 @@ def _copy(into: Tensor, start: Tensor) -> None:
 def main(
     narrow: Annotated[Path, typer.Argument(help="Checkpoint of the trained network.")],
     wide: Annotated[Path, typer.Argument(help="The checkpoint to write.")],
-    model: Annotated[str, typer.Option(help="Configuration whose widths it gets.")] = "vpp-eo-tiny",
+    model: Annotated[ModelName, typer.Option(help="Configuration whose widths it gets.")] = ModelName["vpp-eo-tiny"],
     seed: Annotated[int, typer.Option(help="Of the weights that start random.")] = 0,
 ) -> None:
     """Write a wider network that gives the answers of a trained narrower one."""
-    save_checkpoint(widened(load_checkpoint(narrow), config_by_name(model), seed), wide)
+    try:
+        save_checkpoint(widened(load_checkpoint(narrow), CONFIGS[model.value], seed), wide)
+    except DeployError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
 
 
 if __name__ == "__main__":

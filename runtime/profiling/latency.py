@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backend import StreamBuffers
+from runtime.backend import Engine
 from runtime.budget import BudgetRule
 
 BLOCK = 5  # measured steps of a row before the next row's turn
@@ -63,8 +63,9 @@ class Turns:
     stable: bool = False
 
 
-def stepper(buffers: StreamBuffers, budget: tuple[int, ...] | None, rule: BudgetRule) -> Task:
-    """One step of a stream that has a prior."""
+def stepper(engine: Engine, budget: tuple[int, ...] | None, rule: BudgetRule, batch: int = 1) -> Task:
+    """One step of a new stream of this budget, or of a batch of them, that has a prior."""
+    buffers = engine.open_stream(batch, budget)
     rng = np.random.default_rng(0)
     buffers.image[:] = rng.integers(0, 256, buffers.image.shape, np.uint8)
     buffers.run(None if budget is None else rule.at_reset(budget))

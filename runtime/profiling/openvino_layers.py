@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from runtime.bundle import Bundle
 from runtime.manifest import GraphSpec
 from runtime.openvino_backend import OpenVinoEngine
@@ -19,16 +21,14 @@ class OpenVinoLayerTimer:
     """
 
     def __init__(self, bundle: Bundle, graph: GraphSpec, threads: int, precision: str) -> None:
-        self._settings = {"threads": threads, "precision": precision, "count_layers": True}
-        self._bundle, self._graph = bundle, graph
+        self._load = partial(OpenVinoEngine, bundle, graph, threads=threads, precision=precision, count_layers=True)
         self.streams: dict[Budget, CountedStream] = {}
         self._steps: list[list[LayerEvent]] = []
 
     def step(self, budget: Budget) -> None:
         """Run one step and carry the state on."""
         if budget not in self.streams:
-            engine = OpenVinoEngine(self._bundle, self._graph, **self._settings)  # type: ignore[arg-type]
-            self.streams[budget] = CountedStream(engine, budget)
+            self.streams[budget] = CountedStream(self._load(), budget)
         self._steps.append(self.streams[budget].step(budget))
 
     def events(self) -> list[list[LayerEvent]]:

@@ -234,7 +234,7 @@ def _engines(bundle: Bundle, request: ProfileRequest) -> dict[str, Engine]:
 def _task(bundle: Bundle, engines: dict[str, Engine], row: _Row) -> Task:
     manifest = bundle.manifest
     graph = manifest.graph if row.preset is not None or manifest.baseline is None else manifest.baseline
-    return stepper(engines[graph.file].open_stream(row.batch, row.budget), row.budget, manifest.budget_rule)
+    return stepper(engines[graph.file], row.budget, manifest.budget_rule, row.batch)
 
 
 def _layers(

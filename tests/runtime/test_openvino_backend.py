@@ -210,13 +210,13 @@ import faulthandler, os, signal, sys
 from pathlib import Path
 
 from runtime.backend import load_engine
-from runtime.budget_controller import controller_for
 from runtime.bundle import load_bundle
 
 faulthandler.enable()  # so that there is a stack for signal handlers
 signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 bundle = load_bundle(Path(sys.argv[1]))
 one, two = (load_engine(bundle, backend="openvino", threads=1) for _ in range(2))
+one.open_stream(), two.open_stream()  # compiled, each
 one.close()
 del one
 two.close()
