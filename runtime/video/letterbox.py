@@ -61,7 +61,7 @@ class Letterbox:
         self.left = (target_width - self.content_width) // 2
         self.scale_y = self.content_height / source_height
         self.scale_x = self.content_width / source_width
-        self._reformatter = VideoReformatter()
+        self._scaler, self._packer = VideoReformatter(), VideoReformatter()
         self._scratch = _Scratch()
         self._taps_of: dict[tuple[int, int], tuple[_Taps, _Taps]] = {}
 
@@ -69,6 +69,8 @@ class Letterbox:
         """Write the model's input for one frame into ``out``.
 
         Conversion to RGB and resizing are one pass of the scaler, bilinear, with its support widened when shrinking.
+        It goes to four bytes a pixel, of which the fourth is dropped after: straight to three, the scaler takes a
+        millisecond more (2.1 and 1.2 for 720p to 540p) and is further off (-1.5 levels in the mean).
 
         Args:
             frame: A frame of the source size.
@@ -82,9 +84,10 @@ class Letterbox:
         height, width = self.content_height, self.content_width
         if frame.quarter_turns % 2:
             height, width = width, height
-        resized = self._reformatter.reformat(
-            _as_video_frame(frame), width, height, "rgb24", interpolation=Interpolation.BILINEAR
+        resized = self._scaler.reformat(
+            _as_video_frame(frame), width, height, "rgba", interpolation=Interpolation.BILINEAR
         )
+        resized = self._packer.reformat(resized, format="rgb24")
         bottom, right = self.top + self.content_height, self.left + self.content_width
         out[self.top : bottom, self.left : right] = np.rot90(rgb_view(resized), frame.quarter_turns)
         middle = out[self.top : bottom]
