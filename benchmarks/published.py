@@ -94,7 +94,7 @@ def graph_rows(bundle: Bundle, threads: int) -> dict[str, Callable[[], object]]:
         engine = load_engine(bundle, **options)
         for name in ("0.40", "0.55"):
             rows[f"{label}: keep {name}"] = graph_row(
-                engine.open_stream(), manifest.presets[name], manifest.patch_count
+                engine.open_stream(usual_budget=manifest.presets[name]), manifest.presets[name], manifest.patch_count
             )
         if manifest.baseline is not None:
             dense = load_engine(bundle, manifest.baseline, **options)

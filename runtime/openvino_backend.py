@@ -14,7 +14,7 @@ from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.manifest import GraphSpec
 from runtime.openvino_core import DEVICE, computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, replace_arg_max
+from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, project_to_planes, replace_arg_max
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -75,6 +75,7 @@ class OpenVinoEngine:
             model = self._read()
             try:
                 maxima = replace_arg_max(model)
+                project_to_planes(model)
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model, maxima)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})

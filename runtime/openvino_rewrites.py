@@ -1,4 +1,4 @@
-"""What OpenVINO leaves to us: an arg max without a sort, what stays fp32 where the rest is bf16, a fixed budget."""
+"""What OpenVINO leaves to us: arg max without a sort, projections to planes, fp32 amid bf16, a fixed budget."""
 
 from __future__ import annotations
 
@@ -103,6 +103,54 @@ def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
         for name, value in precise.items():
             node.set_rt_info(value, name)
     return len(marked)
+
+
+def project_to_planes(model: ov.Model) -> int:
+    """Compute what a projection gives and a transposition then turns into planes as planes at once.
+
+    That is ``W @ x.T + b`` in place of ``(x @ W.T + b).T``: OpenVINO transposes the tokens as it packs them for the
+    product, which takes less than its transposition. Of a constant first factor it keeps the precision, and so computes
+    the product in fp32, whatever its hint says: therefore the constant gets a zero added which is known only when the
+    picture is there. The deformable attention of the published network needs its values as planes: a step at 0.55 in
+    bf16 on one thread went from 1.23 to 1.14 s.
+
+    Returns:
+        How many projections that was.
+    """
+    from openvino import opset13 as ops
+
+    found = [node for node in model.get_ops() if _is_turned_projection(node)]
+    if not found:
+        return 0
+    image = next(node for node in model.get_parameters() if node.get_friendly_name() == "image")
+    first = ops.constant(np.zeros(1, np.int64))
+    pixel = ops.gather(ops.reshape(image, ops.constant(np.array([-1], np.int64)), False), first, first)
+    zero = ops.multiply(ops.convert(pixel, "f32"), ops.constant(np.float32(0)))
+    for turn in found:
+        biased = turn.input_value(0).get_node()
+        product, bias = (value.get_node() for value in biased.input_values())
+        tokens, weight = product.input_values()
+        planes = ops.matmul(ops.add(weight, zero), tokens, True, True)
+        column = ops.constant(np.asarray(bias.get_data()).reshape(-1, 1))
+        turn.output(0).replace(ops.add(planes, column).output(0))
+    return len(found)
+
+
+def _is_turned_projection(node: Node) -> bool:
+    """Whether a node transposes tokens [B, n, C] that a product with a matrix and a sum with a vector made."""
+    if node.get_type_name() != "Transpose" or list(node.input_value(1).get_node().get_data()) != [0, 2, 1]:
+        return False
+    biased = node.input_value(0).get_node()
+    if biased.get_type_name() != "Add" or len(biased.output(0).get_target_inputs()) != 1:
+        return False
+    product, bias = (value.get_node() for value in biased.input_values())
+    return (
+        product.get_type_name() == "MatMul"
+        and not any(product.get_attributes().values())
+        and product.input_value(1).get_node().get_type_name() == "Constant"
+        and bias.get_type_name() == "Constant"
+        and len(bias.get_output_shape(0)) == 1
+    )
 
 
 def fix_budget(model: ov.Model, budget: tuple[int, ...]) -> None:
