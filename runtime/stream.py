@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backend import Engine, StreamBuffers
+from runtime.backend import Engine, EngineReport, StreamBuffers
 from runtime.budget_controller import BudgetController
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
@@ -100,7 +100,7 @@ class Stream:
     Args:
         bundle: What the engine was loaded from.
         engine: Stays open when the stream is closed.
-        budget: Tokens kept at each stage; None takes the bundle's default preset.
+        budget: Tokens kept at each stage; None takes the bundle's default preset, or what the engine has nearest to it.
         keep_ratio: Instead of ``budget``: mean share of tokens over all blocks, in (0, 1].
         controller: Instead of both: chooses the budget of each frame; streams of one engine may share it.
         resets: When to drop the prior.
@@ -121,7 +121,7 @@ class Stream:
     ) -> None:
         manifest = bundle.manifest
         self.bundle, self.engine, self.controller = bundle, engine, controller
-        self._budget = choose_budget(bundle, budget, keep_ratio)
+        self._budget = choose_budget(bundle.manifest, engine.report, budget, keep_ratio)
         self._buffers: StreamBuffers | None = None
         self._letterbox: Letterbox | None = None  # of the last frame prepared
         self._last_letterbox: Letterbox | None = None  # of the last frame run
@@ -331,17 +331,35 @@ def _content(image: NDArray[np.uint8], letterbox: Letterbox) -> NDArray[np.uint8
     return image[top : top + letterbox.content_height, left : left + letterbox.content_width]
 
 
-def choose_budget(bundle: Bundle, budget: Sequence[int] | None, keep_ratio: float | None) -> tuple[int, ...]:
-    """The budget that was asked for, checked; the bundle's default if nothing was.
+def choose_budget(
+    manifest: Manifest, report: EngineReport, budget: Sequence[int] | None, keep_ratio: float | None
+) -> tuple[int, ...]:
+    """The budget that was asked for, checked; the default if nothing was, see :func:`default_budget`.
 
     Raises:
         TokenBudgetError: It does not fit the model.
     """
-    manifest = bundle.manifest
-    if budget is None and keep_ratio is None:
-        return manifest.presets[manifest.default_preset]
     rule = manifest.budget_rule
+    if budget is None and keep_ratio is None:
+        chosen = default_budget(manifest, report)
+        if chosen != manifest.presets[manifest.default_preset]:
+            logger.warning(
+                "the engine was not built for the bundle's default budget, keep ratio %s; it runs at %.2f, the "
+                "nearest that it was built for",
+                manifest.default_preset,
+                manifest.mean_share(chosen),
+            )
+        return chosen
     return rule.checked(budget) if budget is not None else rule.for_ratio(keep_ratio or 0.0)
+
+
+def default_budget(manifest: Manifest, report: EngineReport) -> tuple[int, ...]:
+    """The bundle's default preset; for an engine that was built without it, its own budget with the nearest work."""
+    wanted = manifest.presets[manifest.default_preset]
+    if report.budgets is None or wanted in report.budgets:
+        return wanted
+    share = manifest.mean_share
+    return min(report.budgets, key=lambda built: abs(share(built) - share(wanted)))
 
 
 def _instances(detections: Detections, masks: NDArray[np.bool_]) -> Instances:

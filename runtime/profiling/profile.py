@@ -20,6 +20,7 @@ from runtime.profiling.latency import BLOCK, WARM_UP_BLOCKS, Distribution, Task,
 from runtime.profiling.layers import Layer, LayerRow, measure_layers
 from runtime.profiling.part_table import Part, parts_of_network
 from runtime.profiling.pipeline_stages import pipeline_stages
+from runtime.stream import default_budget
 from runtime.video.frame import Frame
 
 LAYER_STEPS, LAYER_WARM_UP = 10, 3
@@ -86,7 +87,7 @@ class Profile:
     Attributes:
         bundle: Name of the folder.
         model: Name of the network.
-        default: Name of the default preset.
+        default: Name of the default preset; of an engine that has not got it, of the row with the nearest work.
         engine: What it ran on.
         machine: Processor, cores, system.
         measured_at: Local time.
@@ -134,7 +135,7 @@ class ProfileRequest:
         backend, threads, precision: See :func:`runtime.backend.load_engine`.
         steps: Measured steps of each row.
         warm_up: Steps of each row before that; None: until the times are stable.
-        presets: Names of the bundle's presets; all if None.
+        presets: Names of the bundle's presets; if None, all that the engine can run.
         batches: Pictures of one step.
         layers: Also time every layer, in runs of their own, and the machine's ceilings.
     """
@@ -169,18 +170,18 @@ def profile_bundle(
         frames: Where to take frames for the pipeline's stages; noise in memory if None.
         on_step: Called after every step, for a progress bar; at most ``total_steps`` times.
     """
-    rows = _rows(bundle, request)
     engines = _engines(bundle, request)
+    engine = engines[bundle.manifest.graph.file]
+    rows = _rows(bundle, request, engine.report.budgets)
     tasks = {row.name: _task(bundle, engines, row) for row in rows}
     with SensorLog(find_sensors()) as log:
         turns = measure_in_turn(tasks, request.steps, request.warm_up, on_step)
-    engine = engines[bundle.manifest.graph.file]
     stages = pipeline_stages(bundle, engine, frames, request.steps)
     layers = _layers(bundle, request, rows, on_step) if request.layers else {}
     return Profile(
         bundle=bundle.folder.name,
         model=bundle.manifest.origin.model,
-        default=bundle.manifest.default_preset,
+        default=_default(bundle, engine, rows),
         engine=str(engine.report),
         machine=machine(),
         measured_at=time.strftime("%Y-%m-%d %H:%M"),
@@ -213,13 +214,16 @@ def machine() -> str:
     return f"{cpu_name()}, {os.cpu_count()} CPUs, {system}"
 
 
-def _rows(bundle: Bundle, request: ProfileRequest) -> list[_Row]:
+def _rows(bundle: Bundle, request: ProfileRequest, built: Sequence[tuple[int, ...]] | None = None) -> list[_Row]:
+    """One row for each batch and graph or preset; ``built``: the budgets of an engine that has only some."""
     manifest, rows = bundle.manifest, []
+    able = [name for name, budget in manifest.presets.items() if built is None or budget in built]
+    names = request.presets or able or list(manifest.presets)  # of an engine with none of them the first step tells
     for batch in request.batches:
         suffix = "" if batch == 1 else f", batch {batch}"
         if manifest.baseline is not None:
             rows.append(_Row(f"dense{suffix}", None, None, batch))
-        for name in request.presets or manifest.presets:
+        for name in names:
             rows.append(_Row(f"keep {name}{suffix}", name, manifest.presets[name], batch))
     return rows
 
@@ -229,6 +233,14 @@ def _engines(bundle: Bundle, request: ProfileRequest) -> dict[str, Engine]:
     graphs = [graph for graph in (bundle.manifest.graph, bundle.manifest.baseline) if graph is not None]
     settings = {"backend": request.backend, "threads": request.threads, "precision": request.precision}
     return {graph.file: load_engine(bundle, graph, **settings) for graph in graphs}  # type: ignore[arg-type]
+
+
+def _default(bundle: Bundle, engine: Engine, rows: Sequence[_Row]) -> str:
+    """The preset among the rows that does about the work of a frame where nothing was asked for."""
+    manifest, share = bundle.manifest, bundle.manifest.mean_share
+    wanted = share(default_budget(manifest, engine.report))
+    names = [row.preset for row in rows if row.preset is not None]
+    return min(names, key=lambda name: abs(share(manifest.presets[name]) - wanted), default=manifest.default_preset)
 
 
 def _task(bundle: Bundle, engines: dict[str, Engine], row: _Row) -> Task:

@@ -461,6 +461,20 @@ def test_profile_has_layers_parts_and_transfers(bundle, machine, version):
     assert "CUDA graph: used" in " ".join(profile.mode)
 
 
+def test_engine_without_the_default_budget_runs_what_it_has(bundle, machine, caplog):
+    device, small = machine(), bundle.manifest.presets["0.40"]
+    build_engines(bundle, device.backend, EngineRequest({"0.40": small, "1.00": bundle.manifest.presets["1.00"]}))
+    profile = profile_bundle(bundle, ProfileRequest(backend=device.backend, steps=3, warm_up=1, layers=False))
+    assert [row.name for row in profile.rows] == ["dense", "keep 0.40", "keep 1.00"] and profile.default == "0.40"
+    caplog.clear()
+    with Stream(bundle, load_engine(bundle, backend=device.backend)) as stream:
+        assert stream.budget == small
+        image = pictures(1)[0][0]
+        result = [stream.step(image) for _ in range(2)][1]  # the first frame has no prior, and another budget
+    assert tuple(result.tokens_kept) == small
+    assert "not built for the bundle's default budget, keep ratio 0.55; it runs at 0.4" in caplog.text
+
+
 def test_moving_once_more_changes_no_answer(bundle, machine):
     device = machine()
     built(bundle, device)
