@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.configs import CONFIGS
 from models.training.losses import focus_loss
+from models.training.recipe import Recipe, Stage
 from models.training.scenes import CLASSES, SceneConfig, write_youtube_vis
 from models.training.sparse_step import masked_step
-from models.training.train import SELECTOR_RATE, SELECTORS, Recipe, Stage, Trainer, batches, main, train
+from models.training.train import batches, main, train
+from models.training.trainer import SELECTOR_RATE, SELECTORS, Trainer
 from models.training.youtube_vis import ClipDataset, YouTubeVis, collate
 from models.vpp_eo import VppEo
 from runtime.errors import CheckpointError, ImageSizeError, SourceFormatError
