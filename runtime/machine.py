@@ -32,8 +32,11 @@ def machine_name() -> str:
 
 
 def cpu_name() -> str:
-    """The processor, as the system calls it."""
-    return _field(_read(_CPU), "model name") or platform.processor() or platform.machine()
+    """The processor, as the system calls it, and its family and model: virtual machines often give only a brand."""
+    info = _read(_CPU)
+    name = _field(info, "model name") or platform.processor() or platform.machine()
+    family, model = _field(info, "cpu family"), _field(info, "model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _gpu_names() -> list[str]:

@@ -133,6 +133,12 @@ def test_board_is_told_before_its_processor(monkeypatch, tmp_path):
     )
 
 
+def test_processors_of_one_brand_are_told_apart(monkeypatch, tmp_path):
+    """Virtual machines give a brand alone; its generations differ in what they compute, and how fast."""
+    cpu = "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    assert machine_of(monkeypatch, tmp_path, cpu) == "AMD EPYC (family 26, model 2)"
+
+
 def test_processor_and_cards(monkeypatch, tmp_path):
     cpu = "processor\t: 0\nmodel name\t: AMD EPYC\nmodel name\t: AMD EPYC\n"
     card = "Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 1\n"
