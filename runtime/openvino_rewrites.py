@@ -131,8 +131,10 @@ def project_to_planes(model: ov.Model) -> int:
         product, bias = (value.get_node() for value in biased.input_values())
         tokens, weight = product.input_values()
         planes = ops.matmul(ops.add(weight, zero), tokens, True, True)
-        column = ops.constant(np.asarray(bias.get_data()).reshape(-1, 1))
-        turn.output(0).replace(ops.add(planes, column).output(0))
+        result = ops.add(planes, ops.constant(np.asarray(bias.get_data()).reshape(-1, 1)))
+        turn.output(0).replace(result.output(0))
+        for new, old in ((planes, product), (result, biased)):  # a profile tells parts of the network by these
+            new.set_friendly_name(old.get_friendly_name())
     return len(found)
 
 
