@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.errors import BackendUnavailableError
+from runtime.machine import available_cores
 from runtime.manifest import GraphSpec
 
 
@@ -41,6 +42,11 @@ class EngineReport:
     plan_sha256: str = ""
     largest_batch: int = 1
     budgets: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def leaves_a_core(self) -> bool:
+        """Whether a CPU core is free while a step runs, for work beside it."""
+        return not self.provider.startswith("CPU") or 0 < self.threads < available_cores()
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -37,6 +38,11 @@ def cpu_name() -> str:
     name = _field(info, "model name") or platform.processor() or platform.machine()
     family, model = _field(info, "cpu family"), _field(info, "model")
     return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_names() -> list[str]:

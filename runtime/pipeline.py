@@ -1,8 +1,8 @@
 """Sources -> streams -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
 
-The reader's thread also letterboxes the frames of a recording, and the writer's brings masks to the source's size where
-a sink wants them, so that the caller's thread does little but run the model. It goes in rounds: each camera that has a
-frame ready, and room for its answer, takes part; nobody waits for the others.
+The reader's thread also letterboxes the frames of a recording if the model leaves it a core, and the writer's brings
+masks to the source's size where a sink wants them, so that the caller's thread does little but run the model. It goes
+in rounds: each camera that has a frame ready, and room for its answer, takes part; nobody waits for the others.
 """
 
 from __future__ import annotations
@@ -174,8 +174,11 @@ class _Lane:
         self._failures = 0  # steps, in a row
         self._started_s = time.perf_counter()
         self._writer = SinkWriter(camera.sinks, self._count, changed)
-        # of a live source only the newest frame is run: it is prepared when its turn comes
-        prepare = None if camera.source.live else camera.stream.prepare
+        # Of a live source only the newest frame is run: it is prepared when its turn comes. So is every frame where a
+        # step takes all cores: beside a step letterboxing holds up one of its threads, and all others wait for that
+        # one. (Measured in turns, two cores: 0.94 of the bare loop's rate beside the step, 0.97 between two steps.)
+        beside = camera.stream.engine.report.leaves_a_core and not camera.source.live
+        prepare = camera.stream.prepare if beside else None
         self._reader: FrameReader[PreparedFrame] = FrameReader(camera.source, prepare=prepare, changed=changed)
 
     def __enter__(self) -> Self:

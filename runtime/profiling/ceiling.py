@@ -5,7 +5,6 @@ Measured, not taken from a data sheet, with the backend, the threads and the pre
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError
+from runtime.machine import available_cores
 from runtime.openvino_core import openvino_core
 
 SIDES = (512, 2048)  # of the matrices: the small ones stay in the caches, the large ones fill a GPU
@@ -47,7 +47,7 @@ def measure_ceiling(backend: str, threads: int = 0, precision: str | None = None
         macs = max(side**3 / _best(product(side, threads, precision)) / 1e9 for side in SIDES)
     if backend not in ("onnxruntime", "openvino"):
         return Ceiling(_rounded(macs), None)
-    return Ceiling(_rounded(macs), _rounded(2 * COPY_BYTES / _best_copy(threads or _physical_cores()) / 1e9))
+    return Ceiling(_rounded(macs), _rounded(2 * COPY_BYTES / _best_copy(threads or available_cores()) / 1e9))
 
 
 def _rounded(rate: float | None) -> float | None:
@@ -71,10 +71,6 @@ def _best_copy(threads: int) -> float:
     pieces = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:  # numpy copies without the interpreter's lock
         return _best(lambda: list(pool.map(lambda piece: np.copyto(*piece), pieces)))
-
-
-def _physical_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _matrices(side: int) -> dict[str, NDArray[np.float32]]:

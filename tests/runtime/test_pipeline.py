@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime import backend
 from runtime.errors import SinkError, SourceFormatError, SourceLostError, StepError
 from runtime.pipeline import FAILURES_IN_A_ROW, run_stream
 from runtime.stream import Stream
@@ -276,3 +277,25 @@ def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
     run_stream(source, stream, [StuckSink(source)])
     gc.collect()
     assert len(alive) == 40 and most <= 14
+
+
+# Where a frame is letterboxed
+
+
+@pytest.mark.parametrize(("cores", "thread"), [(1, "MainThread"), (2, "frame-reader")])
+def test_letterboxes_beside_a_step_that_leaves_a_core(
+    micro, micro_engine, pictures, monkeypatch, cores, thread
+):
+    """The engine takes one thread; beside one that takes all cores the work would hold up the step."""
+    assert micro_engine.report.threads == 1
+    monkeypatch.setattr(backend, "available_cores", lambda: cores)
+    stream, prepare, seen = Stream(micro, micro_engine), Stream.prepare, set()
+
+    def watched(self, frame):
+        seen.add(threading.current_thread().name)
+        return prepare(self, frame)
+
+    monkeypatch.setattr(Stream, "prepare", watched)
+    sink = ListSink()
+    run_stream(ListSource(pictures), stream, [sink])
+    assert seen == {thread} and sink.indices == list(range(FRAMES))
