@@ -283,9 +283,7 @@ def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
 
 
 @pytest.mark.parametrize(("cores", "thread"), [(1, "MainThread"), (2, "frame-reader")])
-def test_letterboxes_beside_a_step_that_leaves_a_core(
-    micro, micro_engine, pictures, monkeypatch, cores, thread
-):
+def test_letterboxes_beside_a_step_that_leaves_a_core(micro, micro_engine, pictures, monkeypatch, cores, thread):
     """The engine takes one thread; beside one that takes all cores the work would hold up the step."""
     assert micro_engine.report.threads == 1
     monkeypatch.setattr(backend, "available_cores", lambda: cores)
