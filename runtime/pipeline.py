@@ -211,7 +211,7 @@ class _Lane:
             return None
         try:
             item = self._reader.take()
-            return item if isinstance(item, PreparedFrame) else self._camera.stream.prepare(item)
+            return item if isinstance(item, PreparedFrame) else self._camera.stream.prepare(item, in_place=True)
         except StopIteration:
             self.end()
         except SourceLostError as error:

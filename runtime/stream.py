@@ -39,12 +39,14 @@ class PreparedFrame:
         image: uint8 [height, width, 3] of the bundle's image size, letterboxed.
         letterbox: How it was fitted; one object as long as the source keeps its resolution.
         preprocess_ms: Time that took, milliseconds.
+        in_place: ``image`` is where the engine reads it, in the stream's own buffers.
     """
 
     frame: Frame
     image: NDArray[np.uint8]
     letterbox: Letterbox
     preprocess_ms: float
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,14 @@ class Stream:
             FrameShapeError: This is no RGB picture; the prior is unchanged.
             StepError: The backend failed; the prior is dropped, the next frame runs without one.
         """
-        return self.infer(self.prepare(self._as_frame(frame, timestamp_s))).result()
+        return self.infer(self.prepare(self._as_frame(frame, timestamp_s), in_place=True)).result()
 
-    def prepare(self, frame: Frame) -> PreparedFrame:
+    def prepare(self, frame: Frame, *, in_place: bool = False) -> PreparedFrame:
         """Letterbox a frame for the model; of all threads one at a time may call it, in the order of the frames.
+
+        Args:
+            in_place: Write the model's input where the engine reads it. Only for the frame that is run next, in the
+                thread that runs it.
 
         Raises:
             FrameShapeError: This is no RGB picture; nothing has changed.
@@ -199,9 +205,9 @@ class Stream:
         size = frame.height, frame.width
         if self._letterbox is None or (self._letterbox.source_height, self._letterbox.source_width) != size:
             self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
-        image = np.empty((height, width, 3), np.uint8)
+        image = self.buffers.image[0] if in_place else np.empty((height, width, 3), np.uint8)
         self._letterbox.fit(frame, image)
-        return PreparedFrame(frame, image, self._letterbox, (time.perf_counter() - started) * 1e3)
+        return PreparedFrame(frame, image, self._letterbox, (time.perf_counter() - started) * 1e3, in_place)
 
     def infer(self, prepared: PreparedFrame) -> Answer:
         """Run one prepared frame and carry the prior to the next.
@@ -238,7 +244,8 @@ class Stream:
             StepError: As :meth:`infer`.
         """
         buffers, started = self.buffers, time.perf_counter()
-        buffers.image[0] = turn.prepared.image
+        if not turn.prepared.in_place:
+            buffers.image[0] = turn.prepared.image
         try:
             outputs = buffers.run(turn.budget if self.engine.graph.has_budget else None)
         except StepError:

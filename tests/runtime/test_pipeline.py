@@ -289,9 +289,9 @@ def test_letterboxes_beside_a_step_that_leaves_a_core(micro, micro_engine, pictu
     monkeypatch.setattr(backend, "available_cores", lambda: cores)
     stream, prepare, seen = Stream(micro, micro_engine), Stream.prepare, set()
 
-    def watched(self, frame):
+    def watched(self, frame, **options):
         seen.add(threading.current_thread().name)
-        return prepare(self, frame)
+        return prepare(self, frame, **options)
 
     monkeypatch.setattr(Stream, "prepare", watched)
     sink = ListSink()

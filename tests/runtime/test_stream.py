@@ -350,3 +350,15 @@ def test_open_twice_keeps_the_prior(stream, drifting_frames):
 def test_without_a_time_the_clock_is_the_machines_own(stream, drifting_frames):
     times = [stream.step(frame).timestamp_s for frame in drifting_frames(3)]
     assert times == sorted(times)
+
+
+def test_prepared_in_place_or_ahead_gives_the_same(micro, micro_engine, drifting_frames):
+    """What :meth:`Stream.step` does, and what a reader's thread does while another frame runs."""
+    pictures = drifting_frames(4, size=(48, 80))
+    with Stream(micro, micro_engine) as one, Stream(micro, micro_engine) as other:
+        ahead = [other.prepare(Frame(picture, index, index / 30)) for index, picture in enumerate(pictures)]
+        for index, picture in enumerate(pictures):
+            first = one.infer(one.prepare(Frame(picture, index, index / 30), in_place=True)).result()
+            second = other.infer(ahead[index]).result()
+            assert_same(first, second)
+            assert first.reset_reason == second.reset_reason
