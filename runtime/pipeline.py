@@ -176,8 +176,8 @@ class _Lane:
         self._writer = SinkWriter(camera.sinks, self._count, changed)
         # Of a live source only the newest frame is run: it is prepared when its turn comes. So is every frame where a
         # step takes all cores: beside a step letterboxing holds up one of its threads, and all others wait for that
-        # one. (Over the bare loop, two cores, ten pairs in turns: 0.943 beside the step, 0.947 between two steps; of the
-        # fastest quarter of the frames 0.940 and 0.956.)
+        # one. (Over the bare loop, two cores, ten pairs in turns: 0.943 beside the step, 0.947 between two steps; of
+        # the fastest quarter of the frames 0.940 and 0.956.)
         beside = camera.stream.engine.report.leaves_a_core and not camera.source.live
         prepare = camera.stream.prepare if beside else None
         self._reader: FrameReader[PreparedFrame] = FrameReader(camera.source, prepare=prepare, changed=changed)
