@@ -24,7 +24,7 @@ from models.training.evaluate import DENSE, YouTubeVisSet
 from models.training.scenes import write_youtube_vis
 from models.training.track_windows import Window, after_cuts, cut_out, detection_delays
 from models.training.validation import CLIP_STRIDE, SCENES
-from runtime.bundle import Bundle, load_bundle
+from runtime.bundle import Bundle
 from runtime.stream import PreparedFrame, Stream, Turn
 
 RATIOS = (0.55, 0.40)
@@ -128,13 +128,14 @@ def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> d
     }
 
 
-def threshold(checkpoint: Path, data: YouTubeVisSet, work: Path, threads: int) -> dict[str, Any]:
-    """The same weights where the stages after the first keep what their own decision says."""
-    folder = work / f"{checkpoint.parent.name}-threshold"
-    if not (folder / "bundle").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        export_bundle(ExportRequest(checkpoint, folder / "bundle", selection=Selection.THRESHOLD, baseline=False))
-    bundle = load_bundle(folder / "bundle")
+def export_threshold(checkpoint: Path, target: Path) -> None:
+    """The bundle in which the stages after the first keep what their own decision says."""
+    export_bundle(ExportRequest(checkpoint, target, selection=Selection.THRESHOLD, baseline=False))
+
+
+def threshold(checkpoint: Path, data: YouTubeVisSet, folder: Path, threads: int) -> dict[str, Any]:
+    """What the same weights give in such a bundle."""
+    bundle = prepared(checkpoint, folder, export_threshold)
     rows = {}
     for ratio in RATIOS:
         content = run_row(bundle, data, ratio, folder / f"{data.name}-{ratio}.row.json", threads, lambda: None)
@@ -185,7 +186,8 @@ def further_answers(
     keyed = with_key_frames(bundles["pruned"], scenes, bundles["pruned"].folder.parent, threads)
     answers["key_frames"] = {row: content["summary"] for row, content in keyed.items()}
     answers["drift"] = drift(bundles, work, long_clips, threads)
-    answers["threshold"] = threshold(checkpoint, scenes, work, threads)
+    own = bundles["pruned"].folder.parent
+    answers["threshold"] = threshold(checkpoint, scenes, own.with_name(f"{own.name}-threshold"), threads)
     return answers
 
 

@@ -33,8 +33,18 @@ from runtime.stream import Stream
 Key = tuple[str, float | None]  # name of the network, and keep ratio; None for the dense graph
 
 
-def prepared(checkpoint: Path, folder: Path) -> Bundle:
-    """The checkpoint's bundle; exported again if the checkpoint has changed."""
+def export_plain(checkpoint: Path, target: Path) -> None:
+    """The bundle as ``deploy.py export`` makes it."""
+    export_bundle(ExportRequest(checkpoint, target))
+
+
+def prepared(checkpoint: Path, folder: Path, make: Callable[[Path, Path], object] = export_plain) -> Bundle:
+    """The checkpoint's bundle; made again, and its rows thrown away, if the checkpoint has changed.
+
+    Args:
+        folder: Of this bundle and what was run with it.
+        make: Writes the bundle of a checkpoint to a folder.
+    """
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     mark = folder / "checkpoint.sha256"
     target = folder / "bundle"
@@ -42,7 +52,7 @@ def prepared(checkpoint: Path, folder: Path) -> Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.row.json"):
             stale.unlink()
-        export_bundle(ExportRequest(checkpoint, target))
+        make(checkpoint, target)
         mark.write_text(digest)
     return load_bundle(target)
 
@@ -62,6 +72,27 @@ def run_row(
         path.write_text(json.dumps({"summary": row.summary(), "results": row.results}))
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def run_rows(
+    bundles: dict[str, Bundle], scenes: YouTubeVisSet, keys: list[Key], work: Path, threads: int
+) -> dict[Key, dict[str, Any]]:
+    """:func:`run_row` for each network and keep ratio, with a progress bar."""
+    contents = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        for name, ratio in keys:
+            task = progress.add_task(f"{name} {ratio or ''}", total=frame_count(scenes))
+            path = work / name / f"{scenes.name}-{ratio or DENSE}.row.json"
+            contents[name, ratio] = run_row(
+                bundles[name], scenes, ratio, path, threads, lambda task=task: progress.advance(task)
+            )
+    return contents
+
+
+def frame_count(scenes: YouTubeVisSet) -> int:
+    """Frames of all clips."""
+    return sum(len(clip.names) for clip in scenes.clips)
 
 
 def times(bundles: dict[str, Bundle], rows: list[Key], threads: int, steps: int) -> dict[Key, float]:
@@ -94,23 +125,14 @@ def main(
     bundles = {name: prepared(path, work / name) for name, path in checkpoints.items()}
     scenes = YouTubeVisSet(data, bundles[DENSE].manifest.classes)
     keys: list[Key] = [(DENSE, None), *((name, ratio) for name in bundles if name != DENSE for ratio in keep_ratio)]
-    contents: dict[Key, dict[str, Any]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    frames = sum(len(clip.names) for clip in scenes.clips)
-    with Progress(*columns) as progress:
-        for name, ratio in keys:
-            task = progress.add_task(f"{name} {ratio or ''}", total=frames)
-            path = work / name / f"{data.name}-{ratio or DENSE}.row.json"
-            contents[name, ratio] = run_row(
-                bundles[name], scenes, ratio, path, threads, lambda task=task: progress.advance(task)
-            )
+    contents = run_rows(bundles, scenes, keys, work, threads)
     measured = times(bundles, keys, threads, steps) if steps else {}
     evaluations = {key: scenes.evaluation(content["results"]) for key, content in contents.items()}
     rows = [_row(key, contents[key], evaluations, measured, draws) for key in keys]
     result = {
         "machine": machine(),
         "engine": f"onnxruntime {onnxruntime.__version__}, fp32, {threads} threads",
-        "data": {"name": data.name, "clips": len(scenes.clips), "frames": frames},
+        "data": {"name": data.name, "clips": len(scenes.clips), "frames": frame_count(scenes)},
         "bootstrap": f"95 % interval over clips, {draws} draws, of the difference in AP to dense",
         "rows": rows,
     }

@@ -9,7 +9,6 @@ graph with noise draws anew at every frame; its rows are repeated, since each is
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.accuracy import prepared, run_row
+from benchmarks.accuracy import export_plain, prepared, run_row
 from benchmarks.speed import machine
 from export.onnx_graph import export_graph
 from models.checkpoints import load_checkpoint
@@ -26,12 +25,12 @@ from models.training.average_precision import paired_bootstrap
 from models.training.evaluate import YouTubeVisSet
 from models.training.sparse_step import GUMBEL_SCALE
 from models.vpp_eo import State, VppEo
-from runtime.bundle import Bundle, file_sha256, load_bundle
+from runtime.bundle import file_sha256, load_bundle
 from runtime.manifest import MANIFEST_FILE
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel draws, scaled as published."""
+    """Standard Gumbel draws, scaled as published; of uniform ones, since a graph has no exponential draws."""
     uniform = torch.rand_like(like).clamp(1e-20, 1.0 - 1e-7)
     return -(-uniform.log()).log() / GUMBEL_SCALE
 
@@ -54,20 +53,18 @@ class NoisyVppEo(VppEo):
         return scores + gumbel(scores) - gumbel(scores)
 
 
-def with_noise(checkpoint: Path, plain: Bundle, folder: Path) -> Bundle:
-    """A copy of a bundle whose graph decides with noise; it is not compared with anything."""
-    if not (folder / "bundle").is_dir():
-        shutil.copytree(plain.folder, folder / "bundle")
-        quiet = load_checkpoint(checkpoint).at_image_size(plain.manifest.image_size).eval()
-        noisy = NoisyVppEo(quiet.config).eval()
-        noisy.map_selector.__class__ = NoisyMapSelector
-        noisy.load_state_dict(quiet.state_dict())
-        path = plain.manifest.graph.file
-        export_graph(noisy, folder / "bundle" / path, Selection.BUDGET)
-        files = plain.manifest.files | {path: file_sha256(folder / "bundle" / path)}
-        manifest = plain.manifest.model_copy(update={"files": files})
-        (folder / "bundle" / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-    return load_bundle(folder / "bundle")
+def export_noisy(checkpoint: Path, target: Path) -> None:
+    """A bundle whose graph decides with noise; that graph is not compared with anything."""
+    export_plain(checkpoint, target)
+    manifest = load_bundle(target).manifest
+    quiet = load_checkpoint(checkpoint)
+    noisy = NoisyVppEo(quiet.config).eval()
+    noisy.map_selector.__class__ = NoisyMapSelector
+    noisy.load_state_dict(quiet.state_dict())
+    graph = target / manifest.graph.file
+    export_graph(noisy, graph, Selection.BUDGET)
+    changed = manifest.model_copy(update={"files": manifest.files | {graph.name: file_sha256(graph)}})
+    (target / MANIFEST_FILE).write_text(changed.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def main(
@@ -82,7 +79,7 @@ def main(
 ) -> None:
     """Run what is missing and write the differences."""
     quiet = prepared(checkpoint, work / name)
-    noisy = with_noise(checkpoint, quiet, work / f"{name}-noise")
+    noisy = prepared(checkpoint, work / f"{name}-noise", export_noisy)
     scenes = YouTubeVisSet(data, quiet.manifest.classes)
     rows: list[dict[str, Any]] = []
     for ratio in keep_ratio:

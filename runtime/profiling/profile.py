@@ -317,13 +317,12 @@ def _reading(sensor: Sensor, values: Sequence[float]) -> Reading:
 
 def _mode(engine: Engine, request: ProfileRequest, turns: Turns) -> tuple[str, ...]:
     report = engine.report
-    in_place = report.provider.startswith("CPU")
     warm = "until stable" if turns.stable else "not stable at the end" if request.warm_up is None else "as asked"
     return (
         f"Steps: from the image in host memory to the results there; {request.steps} of each row after "
         f"{turns.warm_up} to warm up ({warm}); rows take turns in blocks of {BLOCK}.",
         "Transfers: none, the backend works in host memory."
-        if in_place
+        if report.on_cpu
         else "Transfers: image up and results down, included.",
         f"CUDA graph: {'used' if getattr(engine, 'cuda_graph', False) else 'not used'}.",
         f"Threads of one step: {report.threads or 'as the library chooses'}; clocks and power mode: as they were, "

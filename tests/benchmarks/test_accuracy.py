@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -69,3 +70,20 @@ def test_plot_is_drawn(measured):
     invoke(accuracy_plot.main, [folder / "plot.svg", folder / "out.json"])
     text = (folder / "plot.svg").read_text()
     assert "<svg" in text and len(text) > 10_000
+
+
+def test_another_checkpoint_throws_away_what_was_run(micro_checkpoint, micro_bundle, tmp_path):
+    made = []
+
+    def make(checkpoint, target):
+        made.append(checkpoint.name)
+        shutil.copytree(micro_bundle, target, dirs_exist_ok=True)
+
+    row, other = tmp_path / "work" / "set-0.4.row.json", tmp_path / "other.safetensors"
+    other.write_bytes(micro_checkpoint.read_bytes() + b" ")
+    for checkpoint, stays in ((micro_checkpoint, False), (micro_checkpoint, True), (other, False)):
+        row.parent.mkdir(exist_ok=True)
+        row.touch()
+        assert accuracy.prepared(checkpoint, row.parent, make).folder == row.parent / "bundle"
+        assert row.exists() == stays
+    assert made == [micro_checkpoint.name, other.name]
