@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from runtime.backend import EngineReport
 from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
+from runtime.machine import available_cores
 from runtime.manifest import GraphSpec
 from runtime.openvino_core import DEVICE, computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, project_to_planes, replace_arg_max
+from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, replace_arg_max
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -72,10 +73,12 @@ class OpenVinoEngine:
     def compiled(self, batch: int, budget: Budget = None) -> ov.CompiledModel:
         """The graph compiled for a batch and one budget, or any; as it is at every call after the first."""
         if (batch, budget) not in self._compiled:
+            from runtime.openvino_deformable import join_deformable_attention
+
             model = self._read()
             try:
                 maxima = replace_arg_max(model)
-                project_to_planes(model)
+                join_deformable_attention(model, self.report.threads or available_cores())
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model, maxima)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})

@@ -1,4 +1,4 @@
-"""What OpenVINO leaves to us: arg max without a sort, projections to planes, fp32 amid bf16, a fixed budget."""
+"""What OpenVINO leaves to us: arg max without a sort, fp32 amid bf16, a fixed budget."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Node = Any  # openvino.Node has no stubs
 
 BUDGET = "token_budget"  # the input
+DEFORMABLE_ATTENTION = "MultiScaleDeformableAttention"  # an operator of our own
 _VALUES = ("Parameter", "Constant")
 _SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
 # One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
@@ -98,61 +99,14 @@ def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
         if node.get_type_name() == "GridSample":
             _spread(marked, [node.input_value(1).get_node()], _producers, _SOURCES)
             _spread(marked, [node], _consumers, _SOURCES)
+        if node.get_type_name() == DEFORMABLE_ATTENTION:
+            _spread(marked, [node.input_value(0).get_node()], _producers, _SOURCES)
+            _mark(marked, [node])
     precise = _precise(core)
     for node in marked.values():
         for name, value in precise.items():
             node.set_rt_info(value, name)
     return len(marked)
-
-
-def project_to_planes(model: ov.Model) -> int:
-    """Compute what a projection gives and a transposition then turns into planes as planes at once.
-
-    That is ``W @ x.T + b`` in place of ``(x @ W.T + b).T``: OpenVINO transposes the tokens as it packs them for the
-    product, which takes less than its transposition. Of a constant first factor it keeps the precision, and so computes
-    the product in fp32, whatever its hint says: therefore the constant gets a zero added which is known only when the
-    picture is there. The deformable attention of the published network needs its values as planes: a step at 0.55 in
-    bf16 on one thread went from 1.23 to 1.14 s.
-
-    Returns:
-        How many projections that was.
-    """
-    from openvino import opset13 as ops
-
-    found = [node for node in model.get_ops() if _is_turned_projection(node)]
-    if not found:
-        return 0
-    image = next(node for node in model.get_parameters() if node.get_friendly_name() == "image")
-    first = ops.constant(np.zeros(1, np.int64))
-    pixel = ops.gather(ops.reshape(image, ops.constant(np.array([-1], np.int64)), False), first, first)
-    zero = ops.multiply(ops.convert(pixel, "f32"), ops.constant(np.float32(0)))
-    for turn in found:
-        biased = turn.input_value(0).get_node()
-        product, bias = (value.get_node() for value in biased.input_values())
-        tokens, weight = product.input_values()
-        planes = ops.matmul(ops.add(weight, zero), tokens, True, True)
-        result = ops.add(planes, ops.constant(np.asarray(bias.get_data()).reshape(-1, 1)))
-        turn.output(0).replace(result.output(0))
-        for new, old in ((planes, product), (result, biased)):  # a profile tells parts of the network by these
-            new.set_friendly_name(old.get_friendly_name())
-    return len(found)
-
-
-def _is_turned_projection(node: Node) -> bool:
-    """Whether a node transposes tokens [B, n, C] that a product with a matrix and a sum with a vector made."""
-    if node.get_type_name() != "Transpose" or list(node.input_value(1).get_node().get_data()) != [0, 2, 1]:
-        return False
-    biased = node.input_value(0).get_node()
-    if biased.get_type_name() != "Add" or len(biased.output(0).get_target_inputs()) != 1:
-        return False
-    product, bias = (value.get_node() for value in biased.input_values())
-    return (
-        product.get_type_name() == "MatMul"
-        and not any(product.get_attributes().values())
-        and product.input_value(1).get_node().get_type_name() == "Constant"
-        and bias.get_type_name() == "Constant"
-        and len(bias.get_output_shape(0)) == 1
-    )
 
 
 def fix_budget(model: ov.Model, budget: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from runtime.openvino_core import computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import keep_fp32, project_to_planes, replace_arg_max
+from runtime.openvino_rewrites import keep_fp32, replace_arg_max
 
 ov = pytest.importorskip("openvino")
 ops = pytest.importorskip("openvino.opset13")
@@ -80,43 +80,3 @@ def precision_of_map_sm(bundle, *, keep: bool) -> str:
 def test_in_bf16_map_sm_stays_fp32_and_the_masks_do_not(micro):
     assert precision_of_map_sm(micro, keep=False) == "bf16"
     assert precision_of_map_sm(micro, keep=True) == "f32"
-
-
-def projection_model(*, other_reader: bool = False, turn: tuple[int, ...] = (0, 2, 1), activation: bool = False):
-    """Tokens through a linear layer, then turned into planes, beside the picture that every graph takes."""
-    rng = np.random.default_rng(0)
-    weight, bias = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32)
-    image, tokens = ops.parameter([1, 2, 2, 3], np.uint8, name="image"), ops.parameter([1, 5, 6], np.float32)
-    linear = ops.add(ops.matmul(tokens, ops.constant(weight), False, False), ops.constant(bias))
-    planes = ops.transpose(ops.relu(linear) if activation else linear, ops.constant(np.array(turn)))
-    outputs = [planes, ops.convert(ops.reduce_max(image, ops.constant(np.arange(4)), False), "f32")]
-    model = ov.Model([*outputs, *([linear] if other_reader else [])], [image, tokens], "projection")
-    return model, lambda x: (x @ weight + bias).transpose(turn)
-
-
-@pytest.mark.parametrize("pixel", [0, 255])
-def test_projection_to_planes_gives_the_same(pixel):
-    model, wanted = projection_model()
-    names = {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in ("MatMul", "Add")}
-    assert project_to_planes(model) == 1
-    assert names <= {node.get_friendly_name() for node in model.get_ops()}, "parts of a profile go by names"
-    tokens = np.random.default_rng(1).normal(size=(1, 5, 6)).astype(np.float32)
-    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled([np.full((1, 2, 2, 3), pixel, np.uint8), tokens])[0]
-    np.testing.assert_allclose(found, wanted(tokens), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("other", [{"other_reader": True}, {"turn": (1, 0, 2)}, {"activation": True}], ids=str)
-def test_other_projections_stay(other):
-    assert project_to_planes(projection_model(**other)[0]) == 0
-
-
-@has_bf16
-def test_projection_to_planes_runs_in_bf16():
-    """Of a constant first factor OpenVINO would keep fp32."""
-    model, _ = projection_model()
-    project_to_planes(model)
-    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
-    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    kinds = {info["layerType"].astype(str): info["runtimePrecision"].astype(str) for info in infos}
-    assert kinds["MatMul"] == "bf16" and "Transpose" not in kinds

@@ -1,0 +1,122 @@
+"""The published network in OpenVINO, where one operator of ours computes each deformable attention."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from runtime.backend import load_engine
+from runtime.bundle import load_bundle
+from runtime.openvino_core import computes_in_bf16, openvino_core
+from runtime.openvino_rewrites import DEFORMABLE_ATTENTION
+from runtime.parity import relative_difference
+from runtime.reference import verify_engine
+
+ov = pytest.importorskip("openvino")
+ops = pytest.importorskip("openvino.opset13")
+pytest.importorskip("numba")
+deformable = pytest.importorskip("runtime.openvino_deformable")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def published(published_bundle):
+    return load_bundle(published_bundle)
+
+
+def kinds(model) -> list[str]:
+    return [node.get_type_name() for node in model.get_ops()]
+
+
+def attentions(graph_file) -> int:
+    """How many modules of the network sample a map."""
+    names = [node.get_friendly_name() for node in openvino_core().read_model(graph_file).get_ops()]
+    return len({name.split("/")[0] for name in names if "GridSample" in name})
+
+
+@pytest.mark.parametrize("which", ["graph", "baseline"])
+def test_every_deformable_attention_is_one_operator(published, which):
+    path = str(published.path(getattr(published.manifest, which)))
+    model = openvino_core().read_model(path)
+    joined = deformable.join_deformable_attention(model, threads=1)
+    assert joined == attentions(path) > 10
+    model.validate_nodes_and_infer_types()
+    assert kinds(model).count(DEFORMABLE_ATTENTION) == joined and "GridSample" not in kinds(model)
+    names = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == DEFORMABLE_ATTENTION]
+    assert all(".attn/" in name for name in names), "parts of a profile go by names"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_answers_are_those_of_onnx_runtime(published, drifting_frames, batch, threads):
+    """Each frame from ONNX Runtime's state; the threads are more than OpenVINO binds to one core."""
+    budget = published.manifest.presets["0.55"]
+    one = load_engine(published, backend="openvino", threads=threads).open_stream(batch, usual_budget=budget)
+    other = load_engine(published, threads=1).open_stream(batch)
+    clips = [drifting_frames(3, published.manifest.image_size, seed=seed) for seed in range(batch)]
+    for t in range(3):
+        one.set_state(other.state())
+        one.image[:] = other.image[:] = np.stack([list(clip)[t] for clip in clips])
+        used = published.manifest.budget_rule.at_reset(budget) if t == 0 else budget
+        found, wanted = one.run(used), other.run(used)
+        np.testing.assert_array_equal(found["kept_stages"], wanted["kept_stages"])
+        for name in ("class_logits", "mask_logits", "queries"):
+            assert relative_difference(found[name], wanted[name]) < 1e-3, name
+        other.commit()
+
+
+def test_verify_passes(published):
+    verify_engine(published, load_engine(published, backend="openvino", threads=1))
+
+
+@pytest.mark.skipif(not computes_in_bf16(), reason="this CPU has no bf16")
+def test_in_bf16_places_stay_fp32(published):
+    """Also what they are made of, back to the product; other products run in bf16."""
+    engine = load_engine(published, backend="openvino", threads=1, precision="bf16")
+    nodes = engine.compiled(1).get_runtime_model().get_ops()
+    precision = {node.get_friendly_name(): node.get_rt_info()["runtimePrecision"].astype(str) for node in nodes}
+    ours = [node for node in nodes if node.get_rt_info()["layerType"].astype(str) == "Reference"]
+    assert len(ours) == attentions(str(published.path(published.manifest.graph)))
+    for node in ours:
+        assert {value.get_element_type().to_string() for value in (*node.inputs(), *node.outputs())} == {"f32"}
+    assert "bf16" in precision.values()
+
+
+def test_without_numba_gridsample_stays_and_that_is_said(published, monkeypatch, caplog):
+    monkeypatch.setattr(deformable, "has_numba", lambda: False)
+    deformable._say_that_numba_is_missing.cache_clear()
+    model = openvino_core().read_model(str(published.path(published.manifest.graph)))
+    before = kinds(model)
+    with caplog.at_level(logging.WARNING):
+        assert deformable.join_deformable_attention(model, threads=1) == 0
+    assert kinds(model) == before
+    verify_engine(published, load_engine(published, backend="openvino", threads=1))
+    assert caplog.text.count("pip install '.[openvino]'") == 1
+
+
+def sampling_model(**attributes):
+    """A GridSample that no deformable attention is built around."""
+    picture, grid = ops.parameter([1, 4, 5, 6], np.float32), ops.parameter([1, 3, 2, 2], np.float32)
+    plain = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+    read = ops.grid_sample(picture, grid, plain | attributes)
+    return ov.Model([ops.transpose(read, ops.constant(np.array([0, 2, 3, 1])))], [picture, grid], "sampling")
+
+
+@pytest.mark.parametrize("attributes", [{}, {"align_corners": True}, {"padding_mode": "border"}], ids=str)
+def test_other_sampling_stays(attributes):
+    model = sampling_model(**attributes)
+    assert deformable.join_deformable_attention(model, threads=1) == 0
+    assert "GridSample" in kinds(model)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("align_corners", True), ("padding_mode", "border"), ("mode", "nearest")]
+)
+def test_deformable_attention_that_samples_in_another_way_stays(published, attribute, value):
+    model = openvino_core().read_model(str(published.path(published.manifest.graph)))
+    for node in [node for node in model.get_ops() if node.get_type_name() == "GridSample"]:
+        changed = ops.grid_sample(node.input_value(0), node.input_value(1), node.get_attributes() | {attribute: value})
+        node.output(0).replace(changed.output(0))
+    assert deformable.join_deformable_attention(model, threads=1) == 0
