@@ -24,7 +24,7 @@ _PLAIN = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
 
 
 class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no stubs
-    """Offsets, weights, values and origins to sums, see :func:`runtime.deformable_kernel.deformable_attention`.
+    """Offsets, logits, values and origins to sums, see :func:`runtime.deformable_kernel.deformable_attention`.
 
     Args:
         inputs: The four, fp32.
@@ -63,13 +63,13 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
 
     def evaluate(self, outputs: list[ov.Tensor], inputs: list[ov.Tensor]) -> bool:
         """Compute the result in place."""
-        offsets, weights, values, origins = (tensor.data for tensor in inputs)
-        deformable_attention(offsets, weights, values, origins, self.sizes, outputs[0].data, self.threads)
+        offsets, logits, values, origins = (tensor.data for tensor in inputs)
+        deformable_attention(offsets, logits, values, origins, self.sizes, outputs[0].data, self.threads)
         return True
 
 
 def join_deformable_attention(model: ov.Model, threads: int) -> int:
-    """Put one operator in the place of each deformable attention's reading, weighting and summing.
+    """Put one operator in the place of each deformable attention's softmax, reading and summing.
 
     OpenVINO's GridSample wants its maps as planes, takes 1.2 ns for each channel of each place and writes all that it
     read: with what is done around it 570 of 1230 ms of the published Tiny network in bf16 on one thread. The operator
@@ -109,7 +109,7 @@ def _join(end: Node, readings: Iterable[Node], threads: int) -> bool:
         picture = reading.input_value(0)  # [B * heads, channels, height, width], reshaped from one output of a split
         level = picture.get_node().input_value(0).get_index()
         sizes[level] = [size.get_length() for size in list(picture.get_partial_shape())[2:]]
-        inputs = [offsets.output(0), weights.output(0), planes.input_value(0), place.input_value(1)]
+        inputs = [offsets.output(0), weights.input_value(0), planes.input_value(0), place.input_value(1)]
     heads, channels = inputs[1].get_partial_shape()[2].get_length(), inputs[2].get_partial_shape()[2].get_length()
     compiled_kernel(channels // heads)  # now, not in the first frame
     workers(threads)  # from here, not from a thread that OpenVINO has bound to one core

@@ -16,13 +16,13 @@ from runtime.deformable_kernel import deformable_attention
 POINTS = 3
 
 
-def by_grid_sample(offsets, weights, values, origins, sizes):
+def by_grid_sample(offsets, logits, values, origins, sizes):
     """The same from the definition: each map sampled as a picture, then weighted and summed."""
-    heads, levels = weights.shape[2], len(sizes)
+    heads, levels = logits.shape[2], len(sizes)
     places = (
         torch.from_numpy(offsets).unflatten(2, (heads, levels, -1, 2)) + torch.from_numpy(origins)[:, None, None, None]
     )
-    shares = torch.from_numpy(weights).unflatten(3, (levels, -1))
+    shares = torch.from_numpy(logits).softmax(-1).unflatten(3, (levels, -1))
     total, start = 0, 0
     for level, (height, width) in enumerate(sizes.tolist()):
         cells = torch.from_numpy(values[:, start : start + height * width]).unflatten(2, (heads, -1))
@@ -40,7 +40,7 @@ def attention(seed, *, batch=1, queries=9, heads=2, channels=4, sizes=((5, 7), (
     places = len(sizes) * POINTS
     return (
         (spread * rng.normal(size=(batch, queries, heads * places * 2))).astype(np.float32),
-        rng.random((batch, queries, heads, places), np.float32),
+        (10 * spread * rng.normal(size=(batch, queries, heads, places))).astype(np.float32),
         rng.normal(size=(batch, sizes.prod(1).sum(), heads * channels)).astype(np.float32),
         (2 * rng.random((queries, 2)) - 1).astype(np.float32),
         sizes,
