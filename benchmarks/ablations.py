@@ -20,20 +20,21 @@ from benchmarks.speed import machine
 from export.bundle_writer import ExportRequest, export_bundle
 from models.pruned_host import Selection
 from models.training.average_precision import TrackEvaluation
-from models.training.evaluate import DENSE, YouTubeVisSet
+from models.training.evaluate import DENSE, YouTubeVisSet, evaluate
 from models.training.scenes import write_youtube_vis
 from models.training.track_windows import Window, after_cuts, cut_out, detection_delays
 from models.training.validation import CLIP_STRIDE, SCENES
 from runtime.bundle import Bundle
-from runtime.stream import PreparedFrame, Stream, Turn
+from runtime.stream import Answer, PreparedFrame, Stream, Turn
 
 RATIOS = (0.55, 0.40)
 AFTER_CUT = 3  # frames
 LONG = 300  # frames of a clip in the drift test
+FRAME_STEP = 3  # of which every n-th is also scored by itself
 KEY_FRAME_PERIODS = (8, 32)  # frames from one that computes all tokens to the next
 LONG_SEED = 4  # of its scenes, which nothing else uses
 
-Rows = dict[str, list[dict[str, Any]]]  # results by the name of the row
+Rows = dict[str, list[dict[str, Any]]]  # results by name
 
 
 class Thinned(YouTubeVisSet):
@@ -109,23 +110,79 @@ def with_key_frames(bundle: Bundle, data: YouTubeVisSet, folder: Path, threads: 
     return contents
 
 
+def long_run(bundle: Bundle, data: YouTubeVisSet, ratio: float | None, path: Path, threads: int) -> Rows:
+    """Tracks of all clips, and what every third frame shows by itself; read from ``path`` if that was done before."""
+    if not path.is_file():
+        print(f"{data.name}, {DENSE if ratio is None else ratio}", flush=True)
+        seen = FrameAnswers(data)
+        row = evaluate(bundle, data, ratio, threads=threads, on_answer=seen.note)
+        path.write_text(json.dumps({"tracks": row.results, "frames": seen.results}))
+    content: Rows = json.loads(path.read_text())
+    return content
+
+
+class FrameAnswers:
+    """Objects with the label and score that they have in one frame, as a viewer sees them, not by votes of a track."""
+
+    def __init__(self, data: YouTubeVisSet) -> None:
+        self._clips, self._category_ids = iter(data.clips), data.category_ids
+        self._clip = 0
+        self.results: list[dict[str, Any]] = []
+
+    def note(self, answer: Answer) -> None:
+        """Take the next frame's answer; the frames of one clip after those of the other."""
+        frame = answer.header.frame_index
+        if frame == 0:
+            self._clip = next(self._clips).id
+        if frame % FRAME_STEP:
+            return
+        objects = answer.result().instances
+        for label, score, mask in zip(objects.labels, objects.scores, objects.run_lengths, strict=True):
+            self.results.append(
+                {
+                    "video_id": self._clip,
+                    "frame": frame,
+                    "category_id": self._category_ids[label],
+                    "score": float(score),
+                    "segmentations": [mask],
+                }
+            )
+
+
+def scores_of_frames(data: YouTubeVisSet, rows: Rows, start: int, stop: int) -> dict[str, float]:
+    """AP where each frame counts by itself, by row."""
+    frames = [(clip.id, frame) for clip in data.clips for frame in range(start, stop) if frame % FRAME_STEP == 0]
+    truth, _ = cut_out(data.truth, [], [Window(clip, frame, frame + 1) for clip, frame in frames])
+    number = {place: video for video, place in enumerate(frames, 1)}
+    scores = {}
+    for name, row in rows.items():
+        found = [(number.get((entry["video_id"], entry["frame"])), entry) for entry in row]
+        results = [{**entry, "video_id": video} for video, entry in found if video is not None]
+        scores[name] = round(TrackEvaluation(truth, results).scores().ap, 2)
+    return scores
+
+
 def drift(bundles: dict[str, Bundle], work: Path, clips: int, threads: int) -> dict[str, Any]:
-    """AP in the successive parts of long clips without a cut."""
-    folder = work / f"long-{LONG}"
+    """AP in the successive parts of long clips without a cut: of tracks, and of frames by themselves."""
+    folder = work / f"long-{LONG}-{clips}"
     if not folder.is_dir():
         scenes = replace(SCENES, frames=LONG, cut_probability=0.0)
         write_youtube_vis(folder, scenes, [LONG_SEED * CLIP_STRIDE + clip for clip in range(clips)])
     data = YouTubeVisSet(folder, bundles["pruned"].manifest.classes)
-    rows = results_of(bundles, data, work, threads)
-    keyed = with_key_frames(bundles["pruned"], data, bundles["pruned"].folder.parent, threads)
-    rows |= {name: content["results"] for name, content in keyed.items()}
-    starts = range(0, LONG, LONG // 5)
-    return {"clips": len(data.clips)} | {
-        f"{start}-{start + LONG // 5 - 1}": scores_in_windows(
-            data.truth, rows, [Window(clip.id, start, start + LONG // 5) for clip in data.clips]
-        )
-        for start in starts
-    }
+    tracks, frames = {}, {}
+    for ratio in (None, *RATIOS):
+        bundle = bundles[DENSE if ratio is None else "pruned"]
+        content = long_run(bundle, data, ratio, bundle.folder.parent / f"{data.name}-{ratio}-frames.row.json", threads)
+        name = DENSE if ratio is None else f"{ratio:.2f}"
+        tracks[name], frames[name] = content["tracks"], content["frames"]
+    answers: dict[str, Any] = {"clips": len(data.clips)}
+    for start in range(0, LONG, LONG // 5):
+        stop = start + LONG // 5
+        answers[f"{start}-{stop - 1}"] = {
+            "tracks": scores_in_windows(data.truth, tracks, [Window(clip.id, start, stop) for clip in data.clips]),
+            "frames": scores_of_frames(data, frames, start, stop),
+        }
+    return answers
 
 
 def export_threshold(checkpoint: Path, target: Path) -> None:
@@ -150,7 +207,7 @@ def main(
     name: Annotated[str, typer.Option(help="The pruned network's name in the work folder.")],
     work: Annotated[Path, typer.Option(help="Folder of benchmarks.accuracy.")] = Path("build/accuracy"),
     output: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmarks/results/ablations.json"),
-    long_clips: Annotated[int, typer.Option(min=1, help="Clips of the drift test.")] = 8,
+    long_clips: Annotated[int, typer.Option(min=1, help="Clips of the drift test.")] = 24,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 1,
     further: Annotated[bool, typer.Option(help="Also what needs runs beyond those of benchmarks.accuracy.")] = True,
 ) -> None:

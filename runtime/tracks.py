@@ -1,7 +1,7 @@
 """From query outputs to objects with identities.
 
 Queries are handed on from frame to frame, so a query's index is an identity: a track is a query that stays confident
-that it shows an object, of whatever class; the class is settled over the track's frames.
+that it shows an object, of whatever class; the class is settled over the track's last frames.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import TrackerSettings
+
+LABEL_MEMORY = 0.9  # weight of a frame's class scores in a track's label over that of the frame after it
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,15 @@ class Tracker:
                 del self._tracks[query]
 
     def _continue(self, query: int, classes: NDArray[np.float32]) -> None:
-        """The label of a track is the class with the largest score summed over its frames."""
+        """The label of a track is the class with the largest score summed over its frames, old ones counting less.
+
+        A query may be wrong at first, or go over to another object: what it was long ago must not outvote what it is.
+        """
         if query not in self._tracks:
             self._tracks[query] = _Track(self._next_id, np.zeros_like(classes))
             self._next_id += 1
         track = self._tracks[query]
-        track.label_scores = track.label_scores + classes
+        track.label_scores = LABEL_MEMORY * track.label_scores + classes
         track.missed = 0
 
 

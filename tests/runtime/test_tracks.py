@@ -104,8 +104,17 @@ def test_newcomer_takes_over_when_the_track_is_gone():
 
 def test_label_is_the_one_with_the_largest_sum_of_scores():
     tracker = Tracker(SETTINGS)
-    frames = [(0, 0.6), (1, 0.9), (0, 0.6), (2, 0.99), (2, 0.99)]
+    frames = [(0, 0.6), (1, 0.9), (0, 0.6), (2, 0.9), (2, 0.9)]
     assert [tracker.update(*outputs({0: seen})).labels.tolist() for seen in frames] == [[0], [1], [0], [0], [2]]
+
+
+def test_what_a_track_was_for_long_does_not_outvote_what_it_is():
+    tracker = Tracker(SETTINGS)
+    for _ in range(1000):
+        tracker.update(*outputs({0: (0, 0.9)}))
+    labels = [tracker.update(*outputs({0: (1, 0.9)})).labels.tolist() for _ in range(10)]
+    assert labels == [[0]] * 6 + [[1]] * 4
+    assert tracker.update(*outputs({0: (1, 0.9)})).track_ids.tolist() == [1], "it is the same track"
 
 
 def test_new_track_of_a_query_forgets_the_labels_of_the_old_one():
