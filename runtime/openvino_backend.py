@@ -68,6 +68,7 @@ class OpenVinoEngine:
         number = version("openvino")
         self.report = EngineReport("openvino", number, f"{DEVICE} in {precision}", threads, precision)
         self._compiled: dict[tuple[int, Budget], ov.CompiledModel] = {}
+        self.failures: list[Exception] = []  # of operators of our own, in the last step
         self._read()  # so that a graph that cannot be read is said now
 
     def compiled(self, batch: int, budget: Budget = None) -> ov.CompiledModel:
@@ -78,7 +79,7 @@ class OpenVinoEngine:
             model = self._read()
             try:
                 maxima = replace_arg_max(model)
-                join_deformable_attention(model, self.report.threads or available_cores())
+                join_deformable_attention(model, self.report.threads or available_cores(), self.failures)
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model, maxima)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})
@@ -161,6 +162,9 @@ class OpenVinoBuffers:
                 if fixed is None or name != BUDGET:
                     request.set_tensor(name, bound[name])
             request.infer()
+            if self._engine.failures:
+                failures, self._engine.failures[:] = tuple(self._engine.failures), ()
+                raise failures[0]
         except Exception as error:  # OpenVINO raises RuntimeError for whatever goes wrong
             raise StepError(
                 f"OpenVINO failed on {self._graph.file} with budget {token_budget}: {_first_lines(error)}"

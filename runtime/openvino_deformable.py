@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as opset13
 from numpy.typing import NDArray
 
 from runtime.deformable_kernel import compiled_kernel, deformable_attention, has_numba, workers
@@ -30,13 +31,14 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
         inputs: The four, fp32.
         sizes: Height and width of each map, [levels, 2].
         threads: That share the queries.
+        failures: What goes wrong is left here: OpenVINO does not say so, it ends the run and leaves the results before.
     """
 
     class_type_info = ov.DiscreteTypeInfo(DEFORMABLE_ATTENTION, "extension")
 
-    def __init__(self, inputs: list[Any], sizes: NDArray[np.int64], threads: int) -> None:
+    def __init__(self, inputs: list[Any], sizes: NDArray[np.int64], threads: int, failures: list[Exception]) -> None:
         super().__init__(self)
-        self.sizes, self.threads = sizes, threads
+        self.sizes, self.threads, self.failures = sizes, threads, failures
         self.set_arguments(inputs)
         self.constructor_validate_and_infer_types()
 
@@ -47,7 +49,7 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
 
     def clone_with_new_inputs(self, new_inputs: list[Any]) -> MultiScaleDeformableAttention:
         """The same on other inputs."""
-        return MultiScaleDeformableAttention(new_inputs, self.sizes, self.threads)
+        return MultiScaleDeformableAttention(new_inputs, self.sizes, self.threads, self.failures)
 
     def get_type_info(self) -> ov.DiscreteTypeInfo:
         """Name of the operator."""
@@ -62,13 +64,17 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
         return True
 
     def evaluate(self, outputs: list[ov.Tensor], inputs: list[ov.Tensor]) -> bool:
-        """Compute the result in place."""
-        offsets, logits, values, origins = (tensor.data for tensor in inputs)
-        deformable_attention(offsets, logits, values, origins, self.sizes, outputs[0].data, self.threads)
+        """Compute the result in place; False if that failed."""
+        try:
+            offsets, logits, values, origins = (tensor.data for tensor in inputs)
+            deformable_attention(offsets, logits, values, origins, self.sizes, outputs[0].data, self.threads)
+        except Exception as error:
+            self.failures.append(error)
+            return False
         return True
 
 
-def join_deformable_attention(model: ov.Model, threads: int) -> int:
+def join_deformable_attention(model: ov.Model, threads: int, failures: list[Exception]) -> int:
     """Put one operator in the place of each deformable attention's softmax, reading and summing.
 
     OpenVINO's GridSample wants its maps as planes, takes 1.2 ns for each channel of each place and writes all that it
@@ -77,6 +83,7 @@ def join_deformable_attention(model: ov.Model, threads: int) -> int:
 
     Args:
         threads: Of one step.
+        failures: What goes wrong in a step is added; see there after each.
 
     Returns:
         How many there were; 0 without numba, which is said if there are some.
@@ -90,34 +97,45 @@ def join_deformable_attention(model: ov.Model, threads: int) -> int:
     if found and not has_numba():
         _say_that_numba_is_missing()
         return 0
-    return sum(_join(end, readings, threads) for end, readings in found)
+    return sum(_join(end, readings, threads, failures) for end, readings in found)
 
 
-def _join(end: Node, readings: Iterable[Node], threads: int) -> bool:
+def _join(end: Node, readings: Iterable[Node], threads: int, failures: list[Exception]) -> bool:
     """Replace one, if it is what :class:`models.vpp_rovis.deformable.DeformableAttention` exports."""
     inputs, sizes = [], {}
     for reading in readings:
-        planes, place, product = _up(reading, "Transpose"), _up(reading, "Add", 1), _down(reading, "Multiply")
-        turned = place and _up(place, "Transpose")
-        offsets, weights = turned and _up(turned, "VariadicSplit"), product and _up(product, "Softmax", 1)
-        if not (planes and place and turned and offsets and weights):
+        level, planes = _source(reading.input_value(0), "VariadicSplit"), _source(reading.input_value(0), "Transpose")
+        place, product = _source(reading.input_value(1), "Add"), _down(reading, "Multiply")
+        turned = place and _source(place.get_node().input_value(0), "Transpose")
+        offsets = turned and _source(turned.get_node().input_value(0), "VariadicSplit")
+        weights = product and _source(product.input_value(1), "Softmax")
+        if not (level and planes and place and turned and offsets and weights):
             return False
         if _order(planes) != _PLANES or _order(turned) != _POINTS_FIRST:
             return False
         if any(reading.get_attributes()[name] != value for name, value in _PLAIN.items()):
             return False
-        picture = reading.input_value(0)  # [B * heads, channels, height, width], reshaped from one output of a split
-        level = picture.get_node().input_value(0).get_index()
-        sizes[level] = [size.get_length() for size in list(picture.get_partial_shape())[2:]]
-        inputs = [offsets.output(0), weights.input_value(0), planes.input_value(0), place.input_value(1)]
-    heads, channels = inputs[1].get_partial_shape()[2].get_length(), inputs[2].get_partial_shape()[2].get_length()
+        picture = list(reading.get_input_partial_shape(0))  # [B * heads, channels, height, width]
+        sizes[level.get_index()] = [size.get_length() for size in picture[2:]]
+        logits, tokens = weights.get_node().input_value(0), planes.get_node().input_value(0)
+        inputs = [offsets, logits, tokens, place.get_node().input_value(1)]
+    maps = np.array([sizes[level] for level in sorted(sizes)], np.int64)
+    heads, places = (size.get_length() for size in list(inputs[1].get_partial_shape())[2:])
+    cells, channels = (size.get_length() for size in list(inputs[2].get_partial_shape())[1:])
+    offset_count = inputs[0].get_partial_shape()[2].get_length()
+    if maps.prod(1).sum() != cells or offset_count != 2 * heads * places or places % len(maps) or channels % heads:
+        return False
     compiled_kernel(channels // heads)  # now, not in the first frame
     workers(threads)  # from here, not from a thread that OpenVINO has bound to one core
-    maps = np.array([sizes[level] for level in sorted(sizes)], np.int64)
-    joined = MultiScaleDeformableAttention(inputs, maps, threads)
+    joined = MultiScaleDeformableAttention([_as(value, ov.Type.f32) for value in inputs], maps, threads, failures)
     joined.set_friendly_name(end.get_friendly_name())
-    end.output(0).replace(joined.output(0))
+    end.output(0).replace(_as(joined.output(0), end.get_output_element_type(0)))
     return True
+
+
+def _as(value: Any, kind: ov.Type) -> Any:
+    """An output of a node in another type, if it has not that one: graphs in fp16, bf16 or INT8 name theirs."""
+    return value if value.get_element_type() == kind else opset13.convert(value, kind.to_string()).output(0)
 
 
 @cache
@@ -128,16 +146,17 @@ def _say_that_numba_is_missing() -> None:
     )
 
 
-def _order(transpose: Node) -> list[int]:
-    return [int(axis) for axis in transpose.input_value(1).get_node().get_data()]
+def _order(turned: Any) -> list[int]:
+    return [int(axis) for axis in turned.get_node().input_value(1).get_node().get_data()]
 
 
-def _up(node: Node, kind: str, index: int = 0) -> Node | None:
-    """The nearest operator of a kind before input ``index`` of a node, along first inputs."""
-    node = node.input_value(index).get_node()
-    while node.get_type_name() != kind and node.get_input_size():
-        node = node.input_value(0).get_node()
-    return node if node.get_type_name() == kind else None
+def _source(value: Any, kind: str) -> Any | None:
+    """The nearest result of an operator of a kind that a value is made of, along first inputs."""
+    while value.get_node().get_type_name() != kind:
+        if not value.get_node().get_input_size():
+            return None
+        value = value.get_node().input_value(0)
+    return value
 
 
 def _down(node: Node, kind: str) -> Node | None:

@@ -100,7 +100,7 @@ def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
             _spread(marked, [node.input_value(1).get_node()], _producers, _SOURCES)
             _spread(marked, [node], _consumers, _SOURCES)
         if node.get_type_name() == DEFORMABLE_ATTENTION:
-            _spread(marked, [node.input_value(0).get_node()], _producers, _SOURCES)
+            _spread(marked, _producers(node), _producers, _SOURCES)
             _mark(marked, [node])
     precise = _precise(core)
     for node in marked.values():
