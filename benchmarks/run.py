@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,9 +119,9 @@ def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds
     return {name: [round(rate, 3) for rate in values] for name, values in rates.items()} | over
 
 
-def endurance(bundle: Bundle, frames: int, folder: Path) -> dict[str, Any]:
-    """Resident memory during a long run with all file sinks: the highest of each twentieth of it."""
-    memory: list[float] = []
+def endurance(model: Path, frames: int, folder: Path) -> dict[str, Any]:
+    """Resident memory during a long run of a bundle with all file sinks: the highest of each twentieth of it."""
+    bundle, memory = load_bundle(model), []
 
     def watch(answer: Answer) -> None:
         memory.append(psutil.Process().memory_info().rss / 2**20)
@@ -170,7 +172,9 @@ def main(
             f"{count} threads": frame_rates(loaded, load_engine(loaded, threads=count), clip, folder, rounds)
             for count in sorted({1, threads})  # with one, a core is left for decoding and sinks
         }
-        long = endurance(random_bundle("vpp-eo-micro", (96, 160), folder), endurance_frames, folder)
+        micro = random_bundle("vpp-eo-micro", (96, 160), folder).folder
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:  # the heap of this one has holes by now
+            long = alone.submit(endurance, micro, endurance_frames, folder).result()
     result = {
         "machine": machine(),
         "model": loaded.manifest.origin.model,
