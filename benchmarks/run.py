@@ -119,9 +119,9 @@ def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds
     return {name: [round(rate, 3) for rate in values] for name, values in rates.items()} | over
 
 
-def endurance(model: Path, frames: int, folder: Path) -> dict[str, Any]:
+def endurance(path: Path, frames: int, folder: Path) -> dict[str, Any]:
     """Resident memory during a long run of a bundle with all file sinks: the highest of each twentieth of it."""
-    bundle, memory = load_bundle(model), []
+    bundle, memory = load_bundle(path), []
 
     def watch(answer: Answer) -> None:
         memory.append(psutil.Process().memory_info().rss / 2**20)

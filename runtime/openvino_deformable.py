@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -13,12 +13,12 @@ import openvino.opset13 as opset13
 from numpy.typing import NDArray
 
 from runtime.deformable_kernel import compiled_kernel, deformable_attention, has_numba, workers
-from runtime.openvino_rewrites import DEFORMABLE_ATTENTION
 
 Node = Any  # openvino.Node has no stubs
 
 logger = logging.getLogger(__name__)
 
+NAME = "MultiScaleDeformableAttention"
 _POINTS_FIRST = [3, 0, 2, 4, 1, 5]  # [B, q, heads, levels, points, 2] -> [levels, B, heads, points, q, 2]
 _PLANES = [0, 2, 1]
 _PLAIN = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
@@ -27,6 +27,8 @@ _PLAIN = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
 class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no stubs
     """Offsets, logits, values and origins to sums, see :func:`runtime.deformable_kernel.deformable_attention`.
 
+    In bf16 too OpenVINO computes it in its own fp32, so places are exact and only the offsets are rounded.
+
     Args:
         inputs: The four, fp32.
         sizes: Height and width of each map, [levels, 2].
@@ -34,7 +36,7 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
         failures: What goes wrong is left here: OpenVINO does not say so, it ends the run and leaves the results before.
     """
 
-    class_type_info = ov.DiscreteTypeInfo(DEFORMABLE_ATTENTION, "extension")
+    class_type_info = ov.DiscreteTypeInfo(NAME, "extension")
 
     def __init__(self, inputs: list[Any], sizes: NDArray[np.int64], threads: int, failures: list[Exception]) -> None:
         super().__init__(self)
@@ -77,9 +79,8 @@ class MultiScaleDeformableAttention(ov.Op):  # type: ignore[misc]  # it has no s
 def join_deformable_attention(model: ov.Model, threads: int, failures: list[Exception]) -> int:
     """Put one operator in the place of each deformable attention's softmax, reading and summing.
 
-    OpenVINO's GridSample wants its maps as planes, takes 1.2 ns for each channel of each place and writes all that it
-    read: with what is done around it 570 of 1230 ms of the published Tiny network in bf16 on one thread. The operator
-    takes 110.
+    OpenVINO's GridSample wants its maps as planes and writes all that it read. On the published Tiny network in bf16
+    (960 x 544, one thread) a step takes 723 ms instead of 1099, of which 128 are the operator's.
 
     Args:
         threads: Of one step.
@@ -89,7 +90,7 @@ def join_deformable_attention(model: ov.Model, threads: int, failures: list[Exce
         How many there were; 0 without numba, which is said if there are some.
     """
     nodes = model.get_ops()  # kept, so that what is cut off lives until the end
-    ends: dict[str, list[Node]] = {}  # readings, by the transposition that their sum goes through
+    ends: dict[str, list[Node]] = {}  # by the transposition that their sum goes through
     for node in nodes:
         if node.get_type_name() == "GridSample" and (end := _down(node, "Transpose")) is not None:
             ends.setdefault(end.get_friendly_name(), []).append(node)
@@ -97,32 +98,26 @@ def join_deformable_attention(model: ov.Model, threads: int, failures: list[Exce
     if found and not has_numba():
         _say_that_numba_is_missing()
         return 0
-    return sum(_join(end, readings, threads, failures) for end, readings in found)
+    return sum(_join(end, samplings, threads, failures) for end, samplings in found)
 
 
-def _join(end: Node, readings: Iterable[Node], threads: int, failures: list[Exception]) -> bool:
+class _Sampling(NamedTuple):
+    """What one GridSample of a deformable attention tells: its map, and the operator's four inputs."""
+
+    level: int
+    size: tuple[int, int]  # height and width of the map
+    inputs: tuple[Any, Any, Any, Any]
+
+
+def _join(end: Node, samplings: Iterable[Node], threads: int, failures: list[Exception]) -> bool:
     """Replace one, if it is what :class:`models.vpp_rovis.deformable.DeformableAttention` exports."""
-    inputs, sizes = [], {}
-    for reading in readings:
-        level, planes = _source(reading.input_value(0), "VariadicSplit"), _source(reading.input_value(0), "Transpose")
-        place, product = _source(reading.input_value(1), "Add"), _down(reading, "Multiply")
-        turned = place and _source(place.get_node().input_value(0), "Transpose")
-        offsets = turned and _source(turned.get_node().input_value(0), "VariadicSplit")
-        weights = product and _source(product.input_value(1), "Softmax")
-        if not (level and planes and place and turned and offsets and weights):
-            return False
-        if _order(planes) != _PLANES or _order(turned) != _POINTS_FIRST:
-            return False
-        if any(reading.get_attributes()[name] != value for name, value in _PLAIN.items()):
-            return False
-        picture = list(reading.get_input_partial_shape(0))  # [B * heads, channels, height, width]
-        sizes[level.get_index()] = [size.get_length() for size in picture[2:]]
-        logits, tokens = weights.get_node().input_value(0), planes.get_node().input_value(0)
-        inputs = [offsets, logits, tokens, place.get_node().input_value(1)]
-    maps = np.array([sizes[level] for level in sorted(sizes)], np.int64)
-    heads, places = (size.get_length() for size in list(inputs[1].get_partial_shape())[2:])
-    cells, channels = (size.get_length() for size in list(inputs[2].get_partial_shape())[1:])
-    offset_count = inputs[0].get_partial_shape()[2].get_length()
+    read = [_sampling(node) for node in samplings]
+    known = [sampling for sampling in read if sampling is not None]
+    if len(known) < len(read):
+        return False
+    maps, inputs = np.array([sampling.size for sampling in sorted(known)], np.int64), known[0].inputs
+    offset_count, cells, channels = (_length(inputs[0], 2), *(_length(inputs[2], axis) for axis in (1, 2)))
+    heads, places = _length(inputs[1], 2), _length(inputs[1], 3)
     if maps.prod(1).sum() != cells or offset_count != 2 * heads * places or places % len(maps) or channels % heads:
         return False
     compiled_kernel(channels // heads)  # now, not in the first frame
@@ -133,6 +128,23 @@ def _join(end: Node, readings: Iterable[Node], threads: int, failures: list[Exce
     return True
 
 
+def _sampling(node: Node) -> _Sampling | None:
+    """Read a GridSample; None if it is of anything else."""
+    picture, grid = node.input_values()  # the picture is [B * heads, channels, height, width]
+    level, planes, place = _source(picture, "VariadicSplit"), _source(picture, "Transpose"), _source(grid, "Add")
+    product = _down(node, "Multiply")
+    weights = product and _source(product.input_value(1), "Softmax")
+    turned = place and _source(_input(place), "Transpose")
+    offsets = turned and _source(_input(turned), "VariadicSplit")
+    if not (level and planes and place and turned and offsets and weights):
+        return None
+    is_plain = all(node.get_attributes()[name] == value for name, value in _PLAIN.items())
+    if not is_plain or _order(planes) != _PLANES or _order(turned) != _POINTS_FIRST:
+        return None
+    inputs = offsets, _input(weights), _input(planes), _input(place, 1)
+    return _Sampling(level.get_index(), (_length(picture, 2), _length(picture, 3)), inputs)
+
+
 def _as(value: Any, kind: ov.Type) -> Any:
     """An output of a node in another type, if it has not that one: graphs in fp16, bf16 or INT8 name theirs."""
     return value if value.get_element_type() == kind else opset13.convert(value, kind.to_string()).output(0)
@@ -141,13 +153,22 @@ def _as(value: Any, kind: ov.Type) -> Any:
 @cache
 def _say_that_numba_is_missing() -> None:
     logger.warning(
-        "numba is not installed, so OpenVINO computes deformable attention through GridSample, which takes a third "
-        "more time for the whole network. Install it: pip install '.[openvino]'"
+        "numba is not installed, so OpenVINO computes deformable attention through GridSample, and a step takes half "
+        "as much time again. Install it: pip install '.[openvino]'"
     )
 
 
 def _order(turned: Any) -> list[int]:
-    return [int(axis) for axis in turned.get_node().input_value(1).get_node().get_data()]
+    return [int(axis) for axis in _input(turned, 1).get_node().get_data()]
+
+
+def _input(value: Any, index: int = 0) -> Any:
+    """What the operator that gives a value takes."""
+    return value.get_node().input_value(index)
+
+
+def _length(value: Any, axis: int) -> int:
+    return int(value.get_partial_shape()[axis].get_length())
 
 
 def _source(value: Any, kind: str) -> Any | None:
@@ -155,7 +176,7 @@ def _source(value: Any, kind: str) -> Any | None:
     while value.get_node().get_type_name() != kind:
         if not value.get_node().get_input_size():
             return None
-        value = value.get_node().input_value(0)
+        value = _input(value)
     return value
 
 

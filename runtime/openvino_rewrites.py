@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 Node = Any  # openvino.Node has no stubs
 
 BUDGET = "token_budget"  # the input
-DEFORMABLE_ATTENTION = "MultiScaleDeformableAttention"  # an operator of our own
 _VALUES = ("Parameter", "Constant")
 _SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
 # One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
@@ -99,9 +98,6 @@ def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
         if node.get_type_name() == "GridSample":
             _spread(marked, [node.input_value(1).get_node()], _producers, _SOURCES)
             _spread(marked, [node], _consumers, _SOURCES)
-        if node.get_type_name() == DEFORMABLE_ATTENTION:
-            _spread(marked, _producers(node), _producers, _SOURCES)
-            _mark(marked, [node])
     precise = _precise(core)
     for node in marked.values():
         for name, value in precise.items():
