@@ -12,7 +12,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,openvino,export,layers,train,tensorrt-rtx,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,openvino,deformable,export,layers,train,tensorrt-rtx,dev]'
 	touch $@
 
 demo: install

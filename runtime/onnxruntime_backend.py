@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from runtime.backend import EngineReport
 from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
+from runtime.machine import available_cores
 from runtime.manifest import GraphSpec, TensorSpec
+from runtime.onnxruntime_deformable import Operators, StreamResults, join_deformable_attention, operator_library
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -75,12 +78,17 @@ class OnnxRuntimeEngine:
         flags = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))} if provider == _CUDA else {}
         if profile_to is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+        model: str | bytes = str(bundle.path(graph))
+        self._operators: Operators | None = None
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints what goes wrong there, among our results
                 if provider == _CUDA:
                     preload_cuda(ort)
+                elif joined := join_deformable_attention(bundle.path(graph), threads or available_cores()):
+                    model, self._operators = joined
+                    options.register_custom_ops_library(operator_library())
                 self._session = ort.InferenceSession(
-                    str(bundle.path(graph)),
+                    model,
                     options,
                     providers=[(provider, flags)],
                     disabled_optimizers=_SLOWER.get(provider, []),
@@ -104,7 +112,8 @@ class OnnxRuntimeEngine:
     def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> OnnxRuntimeBuffers:
         """Allocate the buffers of one stream, in its initial state; all budgets are alike to a session."""
         device = "cuda" if self._provider == _CUDA else None
-        return OnnxRuntimeBuffers(self._session, self._bundle, self.graph, batch, device, self._graph_ids)
+        results = None if self._operators is None else StreamResults(self._operators, batch)
+        return OnnxRuntimeBuffers(self._session, self._bundle, self.graph, batch, device, self._graph_ids, results)
 
     def end_profiling(self) -> str:
         """Finish the file of an engine that was made with ``profile_to``; its path."""
@@ -128,6 +137,7 @@ class OnnxRuntimeBuffers:
         device: ``cuda``; None for numpy memory alone.
         graph_ids: Numbers for CUDA graphs; one for each budget and set, because a captured graph has the addresses and
             the token counts that it was captured with. None captures nothing.
+        results: Where operators of our own write; None if there are none.
     """
 
     def __init__(
@@ -138,9 +148,10 @@ class OnnxRuntimeBuffers:
         batch: int,
         device: str | None = None,
         graph_ids: Iterator[int] | None = None,
+        results: StreamResults | None = None,
     ) -> None:
         self._session, self._bundle, self._graph = session, bundle, graph
-        self._batch, self._device, self._graph_ids = batch, device, graph_ids
+        self._batch, self._device, self._graph_ids, self._results = batch, device, graph_ids, results
         state_inputs = {pair.input for pair in graph.state}
         state_outputs = {pair.output for pair in graph.carried}
         self._host = {
@@ -149,6 +160,8 @@ class OnnxRuntimeBuffers:
             if spec.name not in state_inputs | state_outputs | {"token_budget"}
         }
         self._shared = {name: self._tensor(array) for name, array in self._host.items()}
+        beside = {} if results is None else results.inputs
+        self._beside = {name: self._tensor(array) for name, array in beside.items()}
         of_host = {pair.input: self._state_tensor(graph.input(pair.input)) for pair in graph.state}  # in both sets
         carried = [pair.input for pair in graph.carried]
         self._sets = [of_host, of_host | {name: self._state_tensor(graph.input(name)) for name in carried}]
@@ -192,6 +205,8 @@ class OnnxRuntimeBuffers:
                 binding.bind_ortvalue_input(spec.name, counts)
             else:
                 binding.bind_ortvalue_input(spec.name, self._shared.get(spec.name) or source[spec.name])
+        for beside, tensor in self._beside.items():
+            binding.bind_ortvalue_input(beside, tensor)
         state_of = {pair.output: pair.input for pair in self._graph.carried}
         for spec in self._graph.outputs:
             name = state_of.get(spec.name)
@@ -212,7 +227,11 @@ class OnnxRuntimeBuffers:
             bound = self._binding(token_budget if self._graph.has_budget else None)
             if self._device is not None:
                 self._shared["image"].update_inplace(self.image)
-            self._session.run_with_iobinding(bound.binding, bound.options)
+            step = partial(self._session.run_with_iobinding, bound.binding, bound.options)
+            if self._results is None:
+                step()
+            else:
+                self._results.run(step)
             if self._device is not None:
                 bound.binding.synchronize_outputs()
                 for name, array in self._outputs.items():

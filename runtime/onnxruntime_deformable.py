@@ -1,0 +1,290 @@
+"""Deformable attention as one operator in ONNX Runtime, which has none.
+
+The operator is a Python function (onnxruntime-extensions), whose results ONNX Runtime would take over one number at a
+time, 47 ns each. So it writes them where an input of the graph lies, and returns their shape; a Reshape of that input
+needs the shape, and so comes after.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import mmap
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.deformable_kernel import compiled_kernel, deformable_attention, workers
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto  # noqa: TID251
+
+logger = logging.getLogger(__name__)
+
+NAME, _DOMAIN = "MultiScaleDeformableAttention", "ai.onnx.contrib"
+STREAM = "deformable_attention.stream"  # input of the graph: whose results, [1]
+_PACKAGES = ("numba", "onnx", "onnxruntime_extensions")
+_POINTS_FIRST = [3, 0, 2, 4, 1, 5]  # [B, q, heads, levels, points, 2] -> [levels, B, heads, points, q, 2]
+_PLANES = [0, 2, 1]
+_PLAIN = {"mode": (b"bilinear", b"linear"), "padding_mode": (b"zeros",), "align_corners": (0,)}
+
+_streams: WeakValueDictionary[int, StreamResults] = WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+class Operators(NamedTuple):
+    """What the operators of a graph have in common.
+
+    Attributes:
+        results: Queries and channels of each.
+        threads: That share the queries.
+    """
+
+    results: tuple[tuple[int, int], ...]
+    threads: int
+
+
+class StreamResults:
+    """Where the operators of one stream write.
+
+    Attributes:
+        inputs: What is bound to the graph beside its own inputs, by name.
+        failures: Of the operators, in the step at hand.
+    """
+
+    def __init__(self, operators: Operators, batch: int) -> None:
+        self.arrays = [np.zeros((batch, queries, channels), np.float32) for queries, channels in operators.results]
+        self.threads, number = operators.threads, next(_numbers)
+        self.inputs: dict[str, NDArray[Any]] = {STREAM: np.array([number], np.int64)}
+        self.inputs |= {_result_name(index): array.reshape(-1) for index, array in enumerate(self.arrays)}
+        self.failures: list[Exception] = []
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        _streams[number] = self
+
+    def run(self, step: Callable[[], object]) -> None:
+        """Run a step of the stream, and raise what goes wrong in its operators.
+
+        An exception that leaves an operator ends the process. So they are kept until the step is over; and it runs in a
+        thread of its own, since an interrupt is raised in the main one, wherever that is.
+        """
+        self.failures.clear()
+        self._runner.submit(step).result()
+        if self.failures:
+            raise self.failures[0]
+
+
+def join_deformable_attention(path: Path, threads: int) -> tuple[bytes, Operators] | None:
+    """Put one operator in the place of each deformable attention's softmax, reading and summing.
+
+    ONNX Runtime's GridSample wants its maps as planes and writes all that it read. On the published Tiny network
+    (960 x 544, two threads) a step takes 854 ms instead of 1199, of which 94 are the operator's.
+
+    Args:
+        threads: Of one step.
+
+    Returns:
+        The graph for a session that has :func:`operator_library`. None if there are no such attentions in fp32, or if a
+        package is missing, which is said.
+    """
+    if not _samples_maps(path):
+        return None
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        _say_that_packages_are_missing(tuple(missing))
+        return None
+    import onnx  # noqa: TID251  # if it is there: the only place where a graph has to be changed here
+
+    model = onnx.load(path)
+    found = list(_attentions(model))
+    if not found:
+        return None
+    for attention in found:
+        compiled_kernel(attention.channels // attention.heads)  # now, not in the first frame
+    workers(threads)
+    _put_operators(model, found)
+    results = tuple((attention.queries, attention.channels) for attention in found)
+    return model.SerializeToString(), Operators(results, threads)
+
+
+@cache
+def operator_library() -> str:
+    """Path of the library that brings the operator to a session; says once in each process what it computes."""
+    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+
+    floats, integers = PyCustomOpDef.dt_float, PyCustomOpDef.dt_int64
+
+    @onnx_op(op_type=NAME, inputs=[floats] * 4 + [integers] * 3, outputs=[integers])  # type: ignore[untyped-decorator]
+    def compute(offsets: Any, logits: Any, values: Any, origins: Any, sizes: Any, index: Any, stream: Any) -> Any:
+        results = _streams[int(stream[0])]
+        result = results.arrays[int(index[0])]
+        try:
+            deformable_attention(offsets, logits, values, origins, sizes, result, results.threads)
+        except Exception as error:
+            results.failures.append(error)
+        return np.array(result.shape, np.int64)
+
+    return str(get_library_path())
+
+
+class _Attention(NamedTuple):
+    """One deformable attention in a graph: its last node, what the operator takes, and sizes."""
+
+    end: NodeProto
+    inputs: tuple[str, str, str, str]  # offsets, logits, values, origins
+    maps: NDArray[np.int64]  # height and width of each
+    heads: int
+    queries: int
+    channels: int
+
+
+class _Sampling(NamedTuple):
+    """What one GridSample of a deformable attention tells: its map, and the operator's inputs."""
+
+    level: int
+    size: tuple[int, int]  # height and width of the map
+    inputs: tuple[str, str, str, str]
+
+
+class _Reader:
+    """Finds its way in a graph."""
+
+    def __init__(self, model: ModelProto) -> None:
+        from onnx import TensorProto  # noqa: TID251
+
+        graph = model.graph
+        self.nodes = list(graph.node)
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self._readers: dict[str, NodeProto] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self._readers.setdefault(name, node)
+        self.shapes: dict[str, list[int]] = {}  # of fp32 tensors; 0 where a length is not known
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            tensor = value.type.tensor_type
+            if tensor.elem_type == TensorProto.FLOAT:
+                self.shapes[value.name] = [axis.dim_value for axis in tensor.shape.dim]
+        for tensor in graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT:
+                self.shapes[tensor.name] = list(tensor.dims)
+
+    def source(self, name: str, kind: str) -> str | None:
+        """The nearest result of an operator of a kind that a value is made of, along first inputs."""
+        while (node := self.makers.get(name)) is not None and node.op_type != kind:
+            name = node.input[0] if node.input else ""
+        return name if node is not None else None
+
+    def reader(self, node: NodeProto, kind: str) -> NodeProto | None:
+        """The nearest operator of a kind after a node, along first readers."""
+        reader: NodeProto | None = node
+        while reader is not None and reader.op_type != kind:
+            reader = self._readers.get(reader.output[0])
+        return reader
+
+    def sampling(self, node: NodeProto) -> _Sampling | None:
+        """Read a GridSample; None if it is of anything else."""
+        picture, grid = node.input  # the picture is [B * heads, channels, height, width]
+        level, planes, place = (
+            self.source(picture, "Split"),
+            self.source(picture, "Transpose"),
+            self.source(grid, "Add"),
+        )
+        product = self.reader(node, "Mul")
+        weights = product and self.source(product.input[1], "Softmax")
+        turned = place and self.source(self.makers[place].input[0], "Transpose")
+        offsets = turned and self.source(self.makers[turned].input[0], "Split")
+        if not (level and planes and place and turned and offsets and weights):
+            return None
+        attributes = {each.name: each.s or each.i for each in node.attribute}
+        is_plain = all(attributes.get(name, kinds[0]) in kinds for name, kinds in _PLAIN.items())
+        of_map, of_planes, of_points = self.makers[level], self.makers[planes], self.makers[turned]
+        if not is_plain or _order(of_planes) != _PLANES or _order(of_points) != _POINTS_FIRST:
+            return None
+        inputs = offsets, self.makers[weights].input[0], of_planes.input[0], self.makers[place].input[1]
+        shape = self.shapes.get(picture, [])
+        if len(shape) != 4 or any(name not in self.shapes for name in inputs):
+            return None
+        return _Sampling(list(of_map.output).index(level), (shape[2], shape[3]), inputs)
+
+
+def _attentions(model: ModelProto) -> Iterable[_Attention]:
+    """All that are what :class:`models.vpp_rovis.deformable.DeformableAttention` exports in fp32."""
+    reader = _Reader(model)
+    ends: dict[str, tuple[NodeProto, list[NodeProto]]] = {}  # by the transposition that their sum goes through
+    for node in reader.nodes:
+        if node.op_type == "GridSample" and (end := reader.reader(node, "Transpose")) is not None:
+            ends.setdefault(end.output[0], (end, []))[1].append(node)
+    for end, samplings in ends.values():
+        read = [reader.sampling(node) for node in samplings]
+        known = [sampling for sampling in read if sampling is not None]
+        if len(known) < len(read) or end.output[0] not in reader.shapes:
+            continue
+        maps, inputs = np.array([sampling.size for sampling in sorted(known)], np.int64), known[0].inputs
+        offsets, logits, values, origins = (reader.shapes[name] for name in inputs)
+        if (len(offsets), len(logits), len(values), len(origins)) != (3, 4, 3, 2):
+            continue
+        (heads, places), (cells, channels) = logits[2:], values[1:]
+        is_whole = maps.prod(1).sum() == cells and offsets[2] == 2 * heads * places > 0
+        if is_whole and places % len(maps) == 0 and channels % heads == 0:
+            yield _Attention(end, inputs, maps, heads, origins[0], channels)
+
+
+def _put_operators(model: ModelProto, found: list[_Attention]) -> None:
+    """Replace their last nodes, and take out what is then read by nobody."""
+    from onnx import TensorProto, helper, numpy_helper  # noqa: TID251
+
+    graph, replaced = model.graph, {attention.end.output[0]: number for number, attention in enumerate(found)}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        number = replaced.get(node.output[0])
+        if number is None:
+            nodes.append(node)
+            continue
+        attention, name = found[number], f"{NAME}.{number}"
+        graph.initializer.append(numpy_helper.from_array(attention.maps, f"{name}.sizes"))
+        graph.initializer.append(numpy_helper.from_array(np.array([number], np.int64), f"{name}.index"))
+        # one axis, so that no optimization takes the Reshape for needless
+        graph.input.append(helper.make_tensor_value_info(_result_name(number), TensorProto.FLOAT, [None]))
+        inputs = [*attention.inputs, f"{name}.sizes", f"{name}.index", STREAM]
+        place = node.name.rsplit("/", 1)[0]  # parts of a profile go by names
+        nodes.append(helper.make_node(NAME, inputs, [f"{name}.shape"], f"{place}/{name}", domain=_DOMAIN))
+        reshaped = [_result_name(number), f"{name}.shape"]
+        nodes.append(helper.make_node("Reshape", reshaped, [node.output[0]], f"{place}/{name}.result"))
+    graph.input.append(helper.make_tensor_value_info(STREAM, TensorProto.INT64, [1]))
+    model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    wanted, kept = {output.name for output in graph.output}, []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _result_name(number: int) -> str:
+    return f"{NAME}.{number}.values"
+
+
+def _samples_maps(path: Path) -> bool:
+    """Whether there is a GridSample in a graph, without reading it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"GridSample") >= 0
+
+
+def _order(turned: NodeProto) -> list[int]:
+    return [int(axis) for attribute in turned.attribute if attribute.name == "perm" for axis in attribute.ints]
+
+
+@cache
+def _say_that_packages_are_missing(names: tuple[str, ...]) -> None:
+    logger.warning(
+        "%s not installed, so ONNX Runtime computes deformable attention through GridSample, and a step takes four "
+        "tenths as much time again. Install: pip install '.[deformable]'",
+        " and ".join(names) + (" is" if len(names) == 1 else " are"),
+    )
