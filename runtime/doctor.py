@@ -43,7 +43,8 @@ def examine() -> Iterator[Finding]:
     yield from (_package(name, "") for name in ("numpy", "av", "pydantic", "pillow", "pycocotools"))
     yield from _onnxruntime()
     yield _openvino()
-    yield _package("numba", "only vpp-rovis in OpenVINO is faster with it: pip install '.[openvino]'")
+    for name in ("numba", "onnxruntime-extensions"):
+        yield _package(name, "only vpp-rovis is faster with it: pip install '.[deformable]'")
     yield _gpu()
     yield from (_tensorrt(name) for name in ("tensorrt", "tensorrt_rtx"))
     yield _opencv()

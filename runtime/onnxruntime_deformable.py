@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.deformable_kernel import compiled_kernel, deformable_attention, workers
+from runtime.deformable_pattern import PLANES, POINTS_FIRST, Attention, Sampling, attention_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto  # noqa: TID251
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 NAME, _DOMAIN = "MultiScaleDeformableAttention", "ai.onnx.contrib"
 STREAM = "deformable_attention.stream"  # input of the graph: whose results, [1]
 _PACKAGES = ("numba", "onnx", "onnxruntime_extensions")
-_POINTS_FIRST = [3, 0, 2, 4, 1, 5]  # [B, q, heads, levels, points, 2] -> [levels, B, heads, points, q, 2]
-_PLANES = [0, 2, 1]
 _PLAIN = {"mode": (b"bilinear", b"linear"), "padding_mode": (b"zeros",), "align_corners": (0,)}
 
 _streams: WeakValueDictionary[int, StreamResults] = WeakValueDictionary()
@@ -84,7 +83,7 @@ def join_deformable_attention(path: Path, threads: int) -> tuple[bytes, Operator
     """Put one operator in the place of each deformable attention's softmax, reading and summing.
 
     ONNX Runtime's GridSample wants its maps as planes and writes all that it read. On the published Tiny network
-    (960 x 544, two threads) a step takes 854 ms instead of 1199, of which 94 are the operator's.
+    (960 x 544, two threads) a step takes 840 ms instead of 1191, of which 94 are the operator's.
 
     Args:
         threads: Of one step.
@@ -102,14 +101,14 @@ def join_deformable_attention(path: Path, threads: int) -> tuple[bytes, Operator
     import onnx  # noqa: TID251  # if it is there: the only place where a graph has to be changed here
 
     model = onnx.load(path)
-    found = list(_attentions(model))
+    found = dict(_attentions(model))
     if not found:
         return None
-    for attention in found:
+    for attention in found.values():
         compiled_kernel(attention.channels // attention.heads)  # now, not in the first frame
     workers(threads)
     _put_operators(model, found)
-    results = tuple((attention.queries, attention.channels) for attention in found)
+    results = tuple((attention.queries, attention.channels) for attention in found.values())
     return model.SerializeToString(), Operators(results, threads)
 
 
@@ -131,25 +130,6 @@ def operator_library() -> str:
         return np.array(result.shape, np.int64)
 
     return str(get_library_path())
-
-
-class _Attention(NamedTuple):
-    """One deformable attention in a graph: its last node, what the operator takes, and sizes."""
-
-    end: NodeProto
-    inputs: tuple[str, str, str, str]  # offsets, logits, values, origins
-    maps: NDArray[np.int64]  # height and width of each
-    heads: int
-    queries: int
-    channels: int
-
-
-class _Sampling(NamedTuple):
-    """What one GridSample of a deformable attention tells: its map, and the operator's inputs."""
-
-    level: int
-    size: tuple[int, int]  # height and width of the map
-    inputs: tuple[str, str, str, str]
 
 
 class _Reader:
@@ -187,14 +167,11 @@ class _Reader:
             reader = self._readers.get(reader.output[0])
         return reader
 
-    def sampling(self, node: NodeProto) -> _Sampling | None:
+    def sampling(self, node: NodeProto) -> Sampling | None:
         """Read a GridSample; None if it is of anything else."""
         picture, grid = node.input  # the picture is [B * heads, channels, height, width]
-        level, planes, place = (
-            self.source(picture, "Split"),
-            self.source(picture, "Transpose"),
-            self.source(grid, "Add"),
-        )
+        level, planes = self.source(picture, "Split"), self.source(picture, "Transpose")
+        place = self.source(grid, "Add")
         product = self.reader(node, "Mul")
         weights = product and self.source(product.input[1], "Softmax")
         turned = place and self.source(self.makers[place].input[0], "Transpose")
@@ -204,49 +181,40 @@ class _Reader:
         attributes = {each.name: each.s or each.i for each in node.attribute}
         is_plain = all(attributes.get(name, kinds[0]) in kinds for name, kinds in _PLAIN.items())
         of_map, of_planes, of_points = self.makers[level], self.makers[planes], self.makers[turned]
-        if not is_plain or _order(of_planes) != _PLANES or _order(of_points) != _POINTS_FIRST:
+        if not is_plain or _order(of_planes) != PLANES or _order(of_points) != POINTS_FIRST:
             return None
         inputs = offsets, self.makers[weights].input[0], of_planes.input[0], self.makers[place].input[1]
         shape = self.shapes.get(picture, [])
         if len(shape) != 4 or any(name not in self.shapes for name in inputs):
             return None
-        return _Sampling(list(of_map.output).index(level), (shape[2], shape[3]), inputs)
+        return Sampling(list(of_map.output).index(level), (shape[2], shape[3]), inputs)
 
 
-def _attentions(model: ModelProto) -> Iterable[_Attention]:
-    """All that are what :class:`models.vpp_rovis.deformable.DeformableAttention` exports in fp32."""
+def _attentions(model: ModelProto) -> Iterable[tuple[str, Attention]]:
+    """All that are what :class:`models.vpp_rovis.deformable.DeformableAttention` exports in fp32, and their results."""
     reader = _Reader(model)
-    ends: dict[str, tuple[NodeProto, list[NodeProto]]] = {}  # by the transposition that their sum goes through
+    summed: dict[str, list[NodeProto]] = {}  # by the result of the transposition that their sum goes through
     for node in reader.nodes:
         if node.op_type == "GridSample" and (end := reader.reader(node, "Transpose")) is not None:
-            ends.setdefault(end.output[0], (end, []))[1].append(node)
-    for end, samplings in ends.values():
-        read = [reader.sampling(node) for node in samplings]
-        known = [sampling for sampling in read if sampling is not None]
-        if len(known) < len(read) or end.output[0] not in reader.shapes:
-            continue
-        maps, inputs = np.array([sampling.size for sampling in sorted(known)], np.int64), known[0].inputs
-        offsets, logits, values, origins = (reader.shapes[name] for name in inputs)
-        if (len(offsets), len(logits), len(values), len(origins)) != (3, 4, 3, 2):
-            continue
-        (heads, places), (cells, channels) = logits[2:], values[1:]
-        is_whole = maps.prod(1).sum() == cells and offsets[2] == 2 * heads * places > 0
-        if is_whole and places % len(maps) == 0 and channels % heads == 0:
-            yield _Attention(end, inputs, maps, heads, origins[0], channels)
+            summed.setdefault(end.output[0], []).append(node)
+    for result, nodes in summed.items():
+        attention = attention_of([reader.sampling(node) for node in nodes], lambda name: reader.shapes[name])
+        if attention is not None and result in reader.shapes:
+            yield result, attention
 
 
-def _put_operators(model: ModelProto, found: list[_Attention]) -> None:
-    """Replace their last nodes, and take out what is then read by nobody."""
+def _put_operators(model: ModelProto, found: Mapping[str, Attention]) -> None:
+    """Replace the nodes that make their results, and take out what is then read by nobody."""
     from onnx import TensorProto, helper, numpy_helper  # noqa: TID251
 
-    graph, replaced = model.graph, {attention.end.output[0]: number for number, attention in enumerate(found)}
+    graph, numbers = model.graph, {result: number for number, result in enumerate(found)}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        number = replaced.get(node.output[0])
+        number = numbers.get(node.output[0])
         if number is None:
             nodes.append(node)
             continue
-        attention, name = found[number], f"{NAME}.{number}"
+        attention, name = found[node.output[0]], f"{NAME}.{number}"
         graph.initializer.append(numpy_helper.from_array(attention.maps, f"{name}.sizes"))
         graph.initializer.append(numpy_helper.from_array(np.array([number], np.int64), f"{name}.index"))
         # one axis, so that no optimization takes the Reshape for needless

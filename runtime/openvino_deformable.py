@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -13,14 +13,13 @@ import openvino.opset13 as opset13
 from numpy.typing import NDArray
 
 from runtime.deformable_kernel import compiled_kernel, deformable_attention, has_numba, workers
+from runtime.deformable_pattern import PLANES, POINTS_FIRST, Sampling, attention_of
 
 Node = Any  # openvino.Node has no stubs
 
 logger = logging.getLogger(__name__)
 
 NAME = "MultiScaleDeformableAttention"
-_POINTS_FIRST = [3, 0, 2, 4, 1, 5]  # [B, q, heads, levels, points, 2] -> [levels, B, heads, points, q, 2]
-_PLANES = [0, 2, 1]
 _PLAIN = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
 
 
@@ -101,34 +100,21 @@ def join_deformable_attention(model: ov.Model, threads: int, failures: list[Exce
     return sum(_join(end, samplings, threads, failures) for end, samplings in found)
 
 
-class _Sampling(NamedTuple):
-    """What one GridSample of a deformable attention tells: its map, and the operator's four inputs."""
-
-    level: int
-    size: tuple[int, int]  # height and width of the map
-    inputs: tuple[Any, Any, Any, Any]
-
-
 def _join(end: Node, samplings: Iterable[Node], threads: int, failures: list[Exception]) -> bool:
     """Replace one, if it is what :class:`models.vpp_rovis.deformable.DeformableAttention` exports."""
-    read = [_sampling(node) for node in samplings]
-    known = [sampling for sampling in read if sampling is not None]
-    if len(known) < len(read):
+    attention = attention_of([_sampling(node) for node in samplings], _shape)
+    if attention is None:
         return False
-    maps, inputs = np.array([sampling.size for sampling in sorted(known)], np.int64), known[0].inputs
-    offset_count, cells, channels = (_length(inputs[0], 2), *(_length(inputs[2], axis) for axis in (1, 2)))
-    heads, places = _length(inputs[1], 2), _length(inputs[1], 3)
-    if maps.prod(1).sum() != cells or offset_count != 2 * heads * places or places % len(maps) or channels % heads:
-        return False
-    compiled_kernel(channels // heads)  # now, not in the first frame
+    compiled_kernel(attention.channels // attention.heads)  # now, not in the first frame
     workers(threads)  # from here, not from a thread that OpenVINO has bound to one core
-    joined = MultiScaleDeformableAttention([_as(value, ov.Type.f32) for value in inputs], maps, threads, failures)
+    inputs = [_as(value, ov.Type.f32) for value in attention.inputs]
+    joined = MultiScaleDeformableAttention(inputs, attention.maps, threads, failures)
     joined.set_friendly_name(end.get_friendly_name())
     end.output(0).replace(_as(joined.output(0), end.get_output_element_type(0)))
     return True
 
 
-def _sampling(node: Node) -> _Sampling | None:
+def _sampling(node: Node) -> Sampling | None:
     """Read a GridSample; None if it is of anything else."""
     picture, grid = node.input_values()  # the picture is [B * heads, channels, height, width]
     level, planes, place = _source(picture, "VariadicSplit"), _source(picture, "Transpose"), _source(grid, "Add")
@@ -139,10 +125,10 @@ def _sampling(node: Node) -> _Sampling | None:
     if not (level and planes and place and turned and offsets and weights):
         return None
     is_plain = all(node.get_attributes()[name] == value for name, value in _PLAIN.items())
-    if not is_plain or _order(planes) != _PLANES or _order(turned) != _POINTS_FIRST:
+    if not is_plain or _order(planes) != PLANES or _order(turned) != POINTS_FIRST:
         return None
     inputs = offsets, _input(weights), _input(planes), _input(place, 1)
-    return _Sampling(level.get_index(), (_length(picture, 2), _length(picture, 3)), inputs)
+    return Sampling(level.get_index(), (_length(picture, 2), _length(picture, 3)), inputs)
 
 
 def _as(value: Any, kind: ov.Type) -> Any:
@@ -169,6 +155,11 @@ def _input(value: Any, index: int = 0) -> Any:
 
 def _length(value: Any, axis: int) -> int:
     return int(value.get_partial_shape()[axis].get_length())
+
+
+def _shape(value: Any) -> list[int]:
+    """Lengths; 0 where one is not known."""
+    return [axis.get_length() if axis.is_static else 0 for axis in value.get_partial_shape()]
 
 
 def _source(value: Any, kind: str) -> Any | None:
