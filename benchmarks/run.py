@@ -106,17 +106,21 @@ def file_sinks(folder: Path, classes: Sequence[str]) -> list[Sink]:
 
 
 def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Frames per second of the bare step loop, of a run on the file, and of one with all file sinks, in turns."""
-    rates: dict[str, list[float]] = {"bare": [], "run": [], "run_with_sinks": []}
+    """Frames per second of a run on the file, with and without all file sinks, over the bare step loop around it."""
     classes = bundle.manifest.classes
+    bare = [bare_loop(bundle, engine, 30)]
+    rates: dict[str, list[float]] = {"run": [], "run_with_sinks": []}
+    over: dict[str, list[float]] = {"run_over_bare": [], "run_with_sinks_over_bare": []}
     for _ in range(rounds):
-        rates["bare"].append(bare_loop(bundle, engine, 30))
         for name, sinks in (("run", []), ("run_with_sinks", file_sinks(folder, classes))):
             summary = run_stream(open_source(clip), Stream(bundle, engine), sinks)
+            bare.append(bare_loop(bundle, engine, 30))
             rates[name].append(summary.frames_per_second)
-    bare = np.array(rates["bare"])
-    over = {f"{name}_over_bare": round(float(np.median(rates[name] / bare)), 4) for name in ("run", "run_with_sinks")}
-    return {name: [round(rate, 3) for rate in values] for name, values in rates.items()} | over
+            over[f"{name}_over_bare"].append(summary.frames_per_second / np.mean(bare[-2:]))  # before and after
+    rounded = {
+        name: [round(float(rate), 3) for rate in values] for name, values in ({"bare": bare} | rates | over).items()
+    }
+    return rounded | {f"{name}_median": round(float(np.median(values)), 4) for name, values in over.items()}
 
 
 def endurance(path: Path, frames: int, folder: Path) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class Repeated(DecodedClip):
 
 def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 2,
-    clip_frames: Annotated[int, typer.Option(min=30, help="Frames of the clip.")] = 120,
+    clip_frames: Annotated[int, typer.Option(min=30, help="Frames of the clip.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median counts.")] = 5,
     endurance_frames: Annotated[int, typer.Option(min=20, help="Frames of the long run.")] = 20_000,
     bundle: Annotated[Path | None, typer.Option(help="Bundle; default: vpp-eo-tiny with random weights.")] = None,

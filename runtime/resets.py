@@ -89,13 +89,13 @@ class ResetDetector:
 
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Means of 9 x 16 cells (fewer if the image is tiny) over every fourth pixel, minus the mean of each colour."""
-    samples = image[::4, ::4].astype(np.float32)
+    cells: NDArray[np.generic] = image[::4, ::4]
     edges = [
-        np.linspace(0, side, min(side, cells) + 1).astype(np.intp)
-        for side, cells in zip(samples.shape, _CELLS, strict=False)
+        np.linspace(0, side, min(side, count) + 1).astype(np.intp)
+        for side, count in zip(cells.shape, _CELLS, strict=False)
     ]
     for axis, edge in enumerate(edges):
-        samples = np.add.reduceat(samples, edge[:-1], axis=axis)
+        cells = np.add.reduceat(cells, edge[:-1], axis=axis, dtype=np.uint32)
     counts = np.outer(np.diff(edges[0]), np.diff(edges[1]))
-    cells = samples / counts[:, :, None]
-    return np.asarray(cells - cells.mean(axis=(0, 1)), np.float32)
+    means = cells / counts[:, :, None]
+    return np.asarray(means - means.mean(axis=(0, 1)), np.float32)

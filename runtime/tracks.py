@@ -6,6 +6,7 @@ that it shows an object, of whatever class; the class is settled over the track'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,10 +91,13 @@ class Tracker:
         """
         probability = softmax(class_logits)
         classes, objectness = probability[:, :-1], 1.0 - probability[:, -1]
-        candidates = self._candidates(objectness)
+        masks: dict[int, NDArray[np.bool_]] = {}
         scores = np.zeros(len(classes), np.float32)
-        scores[candidates] = objectness[candidates] * _mask_quality(mask_logits[candidates])
-        shown = self._without_duplicates(candidates, scores, mask_logits)
+        for query in self._candidates(objectness).tolist():  # one by one, so that nothing leaves the cache
+            mask = mask_logits[query] > 0
+            if mask.any():
+                masks[query], scores[query] = mask, objectness[query] * _mask_quality(mask_logits[query], mask)
+        shown = self._without_duplicates(masks, scores)
         self._end_tracks(shown)
         for query in shown:
             self._continue(query, classes[query])
@@ -111,17 +115,17 @@ class Tracker:
         limit[list(self._tracks)] = self._settings.keep_score
         return np.flatnonzero(objectness >= limit)
 
-    def _without_duplicates(
-        self, candidates: NDArray[np.int64], scores: NDArray[np.float32], mask_logits: NDArray[np.float32]
-    ) -> list[int]:
-        """Candidates with a mask, none of which covers another; running tracks go before new ones, then by score."""
-        masks = {int(query): mask_logits[query] > 0 for query in candidates}
+    def _without_duplicates(self, masks: Mapping[int, NDArray[np.bool_]], scores: NDArray[np.float32]) -> list[int]:
+        """Queries of which none covers another; running tracks go before new ones, then by score."""
         ranked = sorted(masks, key=lambda query: (query not in self._tracks, -scores[query]))
+        areas = {query: np.count_nonzero(mask) for query, mask in masks.items()}
         shown: list[int] = []
         for query in ranked:
-            if masks[query].any() and all(
-                _iou(masks[query], masks[other]) <= self._settings.duplicate_iou for other in shown
-            ):
+            for other in shown:
+                both = np.count_nonzero(masks[query] & masks[other])
+                if both > self._settings.duplicate_iou * (areas[query] + areas[other] - both):
+                    break
+            else:
                 shown.append(query)
         return shown
 
@@ -150,14 +154,12 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
 
 
-def _mask_quality(mask_logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean mask probability inside each mask [O], 0 where it is empty; Mask2Former's score factor."""
-    inside = mask_logits > 0
-    probability = inside / (1.0 + np.exp(-np.clip(mask_logits, 0.0, 30.0)))
-    return np.asarray(probability.sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1), np.float32)
+def _mask_quality(logits: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
+    """Mean probability inside a mask; Mask2Former's score factor.
 
-
-def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    both = np.count_nonzero(one & other)
-    union = np.count_nonzero(one) + np.count_nonzero(other) - both
-    return both / union if union else 0.0
+    A sigmoid of x is (1 + tanh(x / 2)) / 2, and tanh is 0 where logits below 0 are taken for 0.
+    """
+    halves = np.maximum(logits, 0)
+    halves *= np.float32(0.5)
+    total = float(np.tanh(halves, out=halves).sum())
+    return 0.5 + total / (2 * int(np.count_nonzero(mask)))
