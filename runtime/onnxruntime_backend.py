@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,21 +79,11 @@ class OnnxRuntimeEngine:
         flags = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))} if provider == _CUDA else {}
         if profile_to is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
-        model: str | bytes = str(bundle.path(graph))
-        self._operators: Operators | None = None
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints what goes wrong there, among our results
                 if provider == _CUDA:
                     preload_cuda(ort)
-                elif joined := join_deformable_attention(bundle.path(graph), threads or available_cores()):
-                    model, self._operators = joined
-                    options.register_custom_ops_library(operator_library())
-                self._session = ort.InferenceSession(
-                    model,
-                    options,
-                    providers=[(provider, flags)],
-                    disabled_optimizers=_SLOWER.get(provider, []),
-                )
+                self._session, self._operators = _open_session(ort, bundle.path(graph), options, provider, flags)
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
             raise _load_error(bundle, graph, provider, cuda_graph, error) from error
         if provider not in self._session.get_providers():
@@ -327,6 +318,23 @@ def _left_to_cpu(session: Any) -> str:
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == _CPU]
     found = Counter(node.op_type for part in parts for node in part.get_nodes())
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items()) if name not in _SHAPE_ARITHMETIC)
+
+
+def _open_session(
+    ort: Any, path: Path, options: Any, provider: str, flags: Mapping[str, str]
+) -> tuple[Any, Operators | None]:
+    """A session of a graph, and the operators of our own in it; None if there are none."""
+    operators = None
+    with TemporaryDirectory() as folder:
+        if provider == _CPU:
+            threads = options.intra_op_num_threads or available_cores()
+            operators = join_deformable_attention(path, threads, Path(folder, path.name))
+        if operators is not None:
+            path = Path(folder, path.name)
+            options.register_custom_ops_library(operator_library())
+        disabled = _SLOWER.get(provider, [])
+        session = ort.InferenceSession(str(path), options, providers=[(provider, flags)], disabled_optimizers=disabled)
+    return session, operators
 
 
 def _import_onnxruntime(provider: str) -> Any:

@@ -54,10 +54,10 @@ def changed_graph(published, folder, change):
 
 
 @pytest.mark.parametrize("which", ["graph", "baseline"])
-def test_every_deformable_attention_is_one_operator(published, which):
+def test_every_deformable_attention_is_one_operator(published, tmp_path, which):
     path = published.path(getattr(published.manifest, which))
-    model, operators = deformable.join_deformable_attention(path, threads=1)
-    before, after = onnx.load(path), onnx.load_model_from_string(model)
+    operators = deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx")
+    before, after = onnx.load(path), onnx.load(tmp_path / "joined.onnx")
     modules = {node.name.split("/")[0] for node in before.graph.node if node.op_type == "GridSample"}
     joined = [node.name.split("/")[0] for node in after.graph.node if node.op_type == deformable.NAME]
     assert sorted(joined) == sorted(modules) and len(joined) == len(operators.results) > 10
@@ -123,19 +123,21 @@ def test_layers_of_a_profile_name_the_operators(published, tmp_path):
     assert any(name.startswith("pixel_decoder.layers.0.attn/") and deformable.NAME in name for name in events)
 
 
-def test_without_a_package_gridsample_stays_and_that_is_said(published, without_packages, caplog):
+def test_without_a_package_gridsample_stays_and_that_is_said(published, without_packages, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert deformable.join_deformable_attention(published.path(published.manifest.graph), threads=1) is None
+            path = published.path(published.manifest.graph)
+            assert deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx") is None
         verify_engine(published, load_engine(published, threads=1))
     assert caplog.text.count("onnxruntime_extensions is not installed") == 1
     assert "pip install '.[deformable]'" in caplog.text
 
 
-def test_a_graph_without_sampling_asks_for_no_package(micro_bundle, without_packages, caplog):
+def test_a_graph_without_sampling_asks_for_no_package(micro_bundle, without_packages, caplog, tmp_path):
     bundle = load_bundle(micro_bundle)
     with caplog.at_level(logging.WARNING):
-        assert deformable.join_deformable_attention(bundle.path(bundle.manifest.graph), threads=1) is None
+        path = bundle.path(bundle.manifest.graph)
+        assert deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx") is None
     assert not caplog.text
 
 
@@ -148,14 +150,16 @@ def test_deformable_attention_that_samples_in_another_way_stays(published, tmp_p
         del node.attribute[:]
         node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
 
-    assert deformable.join_deformable_attention(changed_graph(published, tmp_path, change), threads=1) is None
+    changed = changed_graph(published, tmp_path, change)
+    assert deformable.join_deformable_attention(changed, 1, tmp_path / "joined.onnx") is None
+    assert not (tmp_path / "joined.onnx").exists()
 
 
 def test_a_graph_in_fp16_stays(published, tmp_path):
     """The operator takes fp32 alone."""
     model = onnx.load(published.path(published.manifest.graph))
     onnx.save(to_typed_graph(model, published.manifest.graph, "fp16").model, tmp_path / "fp16.onnx")
-    assert deformable.join_deformable_attention(tmp_path / "fp16.onnx", threads=1) is None
+    assert deformable.join_deformable_attention(tmp_path / "fp16.onnx", 1, tmp_path / "joined.onnx") is None
 
 
 def test_failed_operator_is_a_failed_step_and_the_next_one_runs(published, monkeypatch):

@@ -201,3 +201,21 @@ def test_ids_are_never_given_twice(frames, start, keep, patience, duplicate_iou)
         assert ((result.labels >= 0) & (result.labels < CLASSES)).all()
         results.append(result)
     check_ids(results, patience)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 100), st.floats(-3, 3))
+def test_score_is_objectness_times_the_mean_probability_inside_the_mask(seed, spread, mean):
+    random = np.random.default_rng(seed)
+    masks = random.normal(mean * spread, spread, (3, 9, 16)).astype(np.float32)
+    masks[1] = -np.abs(masks[1])  # shows nothing
+    logits = random.normal(0, 2, (3, CLASSES + 1)).astype(np.float32)
+    keep_all = TrackerSettings(start_score=0.0, keep_score=0.0, duplicate_iou=1.0)
+    found = Tracker(keep_all).update(logits, masks)
+    wanted = {}
+    for query in range(3):
+        inside = masks[query][masks[query] > 0].astype(np.float64)
+        if len(inside):
+            shares = np.exp(logits[query].astype(np.float64))
+            wanted[query] = (1 - shares[-1] / shares.sum()) * (1 / (1 + np.exp(-inside))).mean()
+    assert dict(zip(found.queries.tolist(), found.scores.tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
