@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from runtime.bundle import Bundle
 from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.machine import available_cores
 from runtime.manifest import GraphSpec, TensorSpec
-from runtime.onnxruntime_deformable import Operators, StreamResults, join_deformable_attention, operator_library
+from runtime.onnxruntime_deformable import Operators, StreamResults, joined_file, operator_library
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -324,17 +323,13 @@ def _open_session(
     ort: Any, path: Path, options: Any, provider: str, flags: Mapping[str, str]
 ) -> tuple[Any, Operators | None]:
     """A session of a graph, and the operators of our own in it; None if there are none."""
-    operators = None
-    with TemporaryDirectory() as folder:
-        if provider == _CPU:
-            threads = options.intra_op_num_threads or available_cores()
-            operators = join_deformable_attention(path, threads, Path(folder, path.name))
+    settings = {"providers": [(provider, flags)], "disabled_optimizers": _SLOWER.get(provider, [])}
+    if provider != _CPU:
+        return ort.InferenceSession(str(path), options, **settings), None
+    with joined_file(path, options.intra_op_num_threads or available_cores()) as (joined, operators):
         if operators is not None:
-            path = Path(folder, path.name)
             options.register_custom_ops_library(operator_library())
-        disabled = _SLOWER.get(provider, [])
-        session = ort.InferenceSession(str(path), options, providers=[(provider, flags)], disabled_optimizers=disabled)
-    return session, operators
+        return ort.InferenceSession(str(joined), options, **settings), operators
 
 
 def _import_onnxruntime(provider: str) -> Any:

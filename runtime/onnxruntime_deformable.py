@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import logging
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -79,21 +81,38 @@ class StreamResults:
             raise self.failures[0]
 
 
-def join_deformable_attention(path: Path, threads: int, target: Path) -> Operators | None:
+@contextmanager
+def joined_file(path: Path, threads: int) -> Iterator[tuple[Path, Operators | None]]:
+    """A graph's file with operators in it, for a session that has :func:`operator_library`, and what they are.
+
+    The file lasts as long as the context. (Given as bytes, a session would keep them.) It is the graph's own, and there
+    are no operators, where :func:`join_deformable_attention` finds none.
+    """
+    joined = join_deformable_attention(path, threads)
+    if joined is None:
+        yield path, None
+        return
+    import onnx  # noqa: TID251
+
+    model, operators = joined
+    with TemporaryDirectory() as folder:
+        target = Path(folder, path.name)
+        onnx.save(model, target)
+        del model, joined  # all weights once more, while the session is made
+        yield target, operators
+
+
+def join_deformable_attention(path: Path, threads: int) -> tuple[ModelProto, Operators] | None:
     """Put one operator in the place of each deformable attention's softmax, reading and summing.
 
     ONNX Runtime's GridSample wants its maps as planes and writes all that it read. On the published Tiny network
     (960 x 544, two threads) a step takes 840 ms instead of 1191, of which 94 are the operator's.
 
     Args:
-        path: The graph's file.
         threads: Of one step.
-        target: Written: the graph for a session that has :func:`operator_library`. (Given as bytes, a session would
-            keep them.)
 
     Returns:
-        None, and nothing is written, if there are no such attentions in fp32, or if a package is missing, which is
-        said.
+        None if there are no such attentions in fp32, or if a package is missing, which is said.
     """
     if not _samples_maps(path):
         return None
@@ -101,7 +120,7 @@ def join_deformable_attention(path: Path, threads: int, target: Path) -> Operato
     if missing:
         _say_that_packages_are_missing(tuple(missing))
         return None
-    import onnx  # noqa: TID251  # if it is there: the only place where a graph has to be changed here
+    import onnx  # noqa: TID251  # if it is there: ONNX Runtime cannot change a graph
 
     model = onnx.load(path)
     found = dict(_attentions(model))
@@ -112,8 +131,7 @@ def join_deformable_attention(path: Path, threads: int, target: Path) -> Operato
     workers(threads)
     _put_operators(model, found)
     results = tuple((attention.queries, attention.channels) for attention in found.values())
-    onnx.save(model, target)
-    return Operators(results, threads)
+    return model, Operators(results, threads)
 
 
 @cache
@@ -144,7 +162,7 @@ class _Reader:
 
         graph = model.graph
         self.nodes = list(graph.node)
-        self.makers = {name: node for node in self.nodes for name in node.output}
+        self._makers = {name: node for node in self.nodes for name in node.output}
         self._readers: dict[str, NodeProto] = {}
         for node in self.nodes:
             for name in node.input:
@@ -158,40 +176,51 @@ class _Reader:
             if tensor.data_type == TensorProto.FLOAT:
                 self.shapes[tensor.name] = list(tensor.dims)
 
-    def source(self, name: str, kind: str) -> str | None:
-        """The nearest result of an operator of a kind that a value is made of, along first inputs."""
-        while (node := self.makers.get(name)) is not None and node.op_type != kind:
-            name = node.input[0] if node.input else ""
-        return name if node is not None else None
+    def source(self, name: str, kind: str) -> str:
+        """The nearest result of an operator of a kind that a value is made of, along first inputs; empty if none."""
+        while (node := self._makers.get(name)) is not None and node.op_type != kind:
+            name = self.input(name)
+        return name if node is not None else ""
 
-    def reader(self, node: NodeProto, kind: str) -> NodeProto | None:
-        """The nearest operator of a kind after a node, along first readers."""
-        reader: NodeProto | None = node
-        while reader is not None and reader.op_type != kind:
-            reader = self._readers.get(reader.output[0])
-        return reader
+    def input(self, name: str, index: int = 0) -> str:
+        """What the operator that makes a value takes; empty if there is no such operator or input."""
+        node = self._makers.get(name)
+        return node.input[index] if node is not None and index < len(node.input) else ""
+
+    def reader(self, name: str, kind: str) -> str:
+        """The nearest result of an operator of a kind that a value goes into, along first readers; empty if none."""
+        while (node := self._readers.get(name)) is not None and node.op_type != kind:
+            name = node.output[0]
+        return node.output[0] if node is not None else ""
 
     def sampling(self, node: NodeProto) -> Sampling | None:
         """Read a GridSample; None if it is of anything else."""
         picture, grid = node.input  # the picture is [B * heads, channels, height, width]
-        level, planes = self.source(picture, "Split"), self.source(picture, "Transpose")
-        place = self.source(grid, "Add")
-        product = self.reader(node, "Mul")
-        weights = product and self.source(product.input[1], "Softmax")
-        turned = place and self.source(self.makers[place].input[0], "Transpose")
-        offsets = turned and self.source(self.makers[turned].input[0], "Split")
-        if not (level and planes and place and turned and offsets and weights):
+        level, planes, place = (
+            self.source(picture, "Split"),
+            self.source(picture, "Transpose"),
+            self.source(grid, "Add"),
+        )
+        turned = self.source(self.input(place), "Transpose")
+        weights = self.source(self.input(self.reader(node.output[0], "Mul"), 1), "Softmax")
+        if not (level and _is_plain(node) and self._order(planes) == PLANES and self._order(turned) == POINTS_FIRST):
             return None
-        attributes = {each.name: each.s or each.i for each in node.attribute}
-        is_plain = all(attributes.get(name, kinds[0]) in kinds for name, kinds in _PLAIN.items())
-        of_map, of_planes, of_points = self.makers[level], self.makers[planes], self.makers[turned]
-        if not is_plain or _order(of_planes) != PLANES or _order(of_points) != POINTS_FIRST:
+        offsets = self.source(self.input(turned), "Split")
+        inputs = offsets, self.input(weights), self.input(planes), self.input(place, 1)
+        if any(name not in self.shapes for name in (picture, *inputs)):
             return None
-        inputs = offsets, self.makers[weights].input[0], of_planes.input[0], self.makers[place].input[1]
-        shape = self.shapes.get(picture, [])
-        if len(shape) != 4 or any(name not in self.shapes for name in inputs):
-            return None
-        return Sampling(list(of_map.output).index(level), (shape[2], shape[3]), inputs)
+        _, _, height, width = self.shapes[picture]
+        return Sampling(list(self._makers[level].output).index(level), (height, width), inputs)
+
+    def _order(self, turned: str) -> list[int]:
+        """The axes of the Transpose that makes a value."""
+        attributes = self._makers[turned].attribute if turned else ()
+        return [axis for attribute in attributes if attribute.name == "perm" for axis in attribute.ints]
+
+
+def _is_plain(sampling: NodeProto) -> bool:
+    given = {attribute.name: attribute.s or attribute.i for attribute in sampling.attribute}
+    return all(given.get(name, values[0]) in values for name, values in _PLAIN.items())
 
 
 def _attentions(model: ModelProto) -> Iterable[tuple[str, Attention]]:
@@ -199,8 +228,8 @@ def _attentions(model: ModelProto) -> Iterable[tuple[str, Attention]]:
     reader = _Reader(model)
     summed: dict[str, list[NodeProto]] = {}  # by the result of the transposition that their sum goes through
     for node in reader.nodes:
-        if node.op_type == "GridSample" and (end := reader.reader(node, "Transpose")) is not None:
-            summed.setdefault(end.output[0], []).append(node)
+        if node.op_type == "GridSample" and (end := reader.reader(node.output[0], "Transpose")):
+            summed.setdefault(end, []).append(node)
     for result, nodes in summed.items():
         attention = attention_of([reader.sampling(node) for node in nodes], lambda name: reader.shapes[name])
         if attention is not None and result in reader.shapes:
@@ -247,10 +276,6 @@ def _samples_maps(path: Path) -> bool:
     """Whether there is a GridSample in a graph, without reading it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"GridSample") >= 0
-
-
-def _order(turned: NodeProto) -> list[int]:
-    return [int(axis) for attribute in turned.attribute if attribute.name == "perm" for axis in attribute.ints]
 
 
 @cache

@@ -19,6 +19,7 @@ from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.errors import StepError
 from runtime.manifest import TrackerSettings
+from runtime.parity import relative_difference
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +101,29 @@ def changed_bundle(micro_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
 
     make.rehash = rehash  # type: ignore[attr-defined]
     return make
+
+
+@pytest.fixture
+def agrees_with_gridsample(drifting_frames, monkeypatch) -> Callable[[Bundle, Engine, int], None]:
+    """``agrees_with_gridsample(bundle, engine, batch)``: three frames, each from the state of ONNX Runtime's own
+    operators, give its tokens and, within 1e-3, its answers.
+    """
+
+    def check(bundle: Bundle, engine: Engine, batch: int) -> None:
+        budget = bundle.manifest.presets["0.55"]
+        one = engine.open_stream(batch, usual_budget=budget)
+        with monkeypatch.context() as patch:
+            patch.setattr("runtime.onnxruntime_deformable.join_deformable_attention", lambda *arguments: None)
+            other = load_engine(bundle, threads=1).open_stream(batch)
+        clips = [drifting_frames(3, bundle.manifest.image_size, seed=seed) for seed in range(batch)]
+        for t in range(3):
+            one.set_state(other.state())
+            one.image[:] = other.image[:] = np.stack([clip[t] for clip in clips])
+            used = bundle.manifest.budget_rule.at_reset(budget) if t == 0 else budget
+            found, wanted = one.run(used), other.run(used)
+            np.testing.assert_array_equal(found["kept_stages"], wanted["kept_stages"])
+            for name in ("class_logits", "mask_logits", "queries"):
+                assert relative_difference(found[name], wanted[name]) < 1e-3, name
+            other.commit()
+
+    return check

@@ -54,10 +54,10 @@ def changed_graph(published, folder, change):
 
 
 @pytest.mark.parametrize("which", ["graph", "baseline"])
-def test_every_deformable_attention_is_one_operator(published, tmp_path, which):
+def test_every_deformable_attention_is_one_operator(published, which):
     path = published.path(getattr(published.manifest, which))
-    operators = deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx")
-    before, after = onnx.load(path), onnx.load(tmp_path / "joined.onnx")
+    after, operators = deformable.join_deformable_attention(path, threads=1)
+    before = onnx.load(path)
     modules = {node.name.split("/")[0] for node in before.graph.node if node.op_type == "GridSample"}
     joined = [node.name.split("/")[0] for node in after.graph.node if node.op_type == deformable.NAME]
     assert sorted(joined) == sorted(modules) and len(joined) == len(operators.results) > 10
@@ -67,23 +67,19 @@ def test_every_deformable_attention_is_one_operator(published, tmp_path, which):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_answers_are_those_of_gridsample(published, drifting_frames, monkeypatch, batch, threads):
-    """Each frame from GridSample's state."""
-    budget = published.manifest.presets["0.55"]
-    one = load_engine(published, threads=threads).open_stream(batch)
-    with monkeypatch.context() as patch:
-        patch.setattr("runtime.onnxruntime_backend.join_deformable_attention", lambda *arguments: None)
-        other = load_engine(published, threads=1).open_stream(batch)
-    clips = [drifting_frames(3, published.manifest.image_size, seed=seed) for seed in range(batch)]
-    for t in range(3):
-        one.set_state(other.state())
-        one.image[:] = other.image[:] = np.stack([clip[t] for clip in clips])
-        used = published.manifest.budget_rule.at_reset(budget) if t == 0 else budget
-        found, wanted = one.run(used), other.run(used)
-        np.testing.assert_array_equal(found["kept_stages"], wanted["kept_stages"])
-        for name in ("class_logits", "mask_logits", "queries"):
-            assert relative_difference(found[name], wanted[name]) < 1e-3, name
-        other.commit()
+def test_answers_are_those_of_gridsample(published, agrees_with_gridsample, batch, threads):
+    agrees_with_gridsample(published, load_engine(published, threads=threads), batch)
+
+
+def test_the_joined_file_is_gone_when_the_engine_is_there(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    load_engine(published, threads=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_without_sampling_needs_no_temporary_folder(micro_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    load_engine(load_bundle(micro_bundle), threads=1)
 
 
 def test_streams_of_one_engine_keep_apart(published, drifting_frames):
@@ -123,21 +119,21 @@ def test_layers_of_a_profile_name_the_operators(published, tmp_path):
     assert any(name.startswith("pixel_decoder.layers.0.attn/") and deformable.NAME in name for name in events)
 
 
-def test_without_a_package_gridsample_stays_and_that_is_said(published, without_packages, caplog, tmp_path):
+def test_without_a_package_gridsample_stays_and_that_is_said(published, without_packages, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             path = published.path(published.manifest.graph)
-            assert deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx") is None
+            assert deformable.join_deformable_attention(path, threads=1) is None
         verify_engine(published, load_engine(published, threads=1))
     assert caplog.text.count("onnxruntime_extensions is not installed") == 1
     assert "pip install '.[deformable]'" in caplog.text
 
 
-def test_a_graph_without_sampling_asks_for_no_package(micro_bundle, without_packages, caplog, tmp_path):
+def test_a_graph_without_sampling_asks_for_no_package(micro_bundle, without_packages, caplog):
     bundle = load_bundle(micro_bundle)
     with caplog.at_level(logging.WARNING):
         path = bundle.path(bundle.manifest.graph)
-        assert deformable.join_deformable_attention(path, 1, tmp_path / "joined.onnx") is None
+        assert deformable.join_deformable_attention(path, threads=1) is None
     assert not caplog.text
 
 
@@ -151,15 +147,14 @@ def test_deformable_attention_that_samples_in_another_way_stays(published, tmp_p
         node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
 
     changed = changed_graph(published, tmp_path, change)
-    assert deformable.join_deformable_attention(changed, 1, tmp_path / "joined.onnx") is None
-    assert not (tmp_path / "joined.onnx").exists()
+    assert deformable.join_deformable_attention(changed, threads=1) is None
 
 
 def test_a_graph_in_fp16_stays(published, tmp_path):
     """The operator takes fp32 alone."""
     model = onnx.load(published.path(published.manifest.graph))
     onnx.save(to_typed_graph(model, published.manifest.graph, "fp16").model, tmp_path / "fp16.onnx")
-    assert deformable.join_deformable_attention(tmp_path / "fp16.onnx", 1, tmp_path / "joined.onnx") is None
+    assert deformable.join_deformable_attention(tmp_path / "fp16.onnx", threads=1) is None
 
 
 def test_failed_operator_is_a_failed_step_and_the_next_one_runs(published, monkeypatch):

@@ -50,21 +50,8 @@ def test_every_deformable_attention_is_one_operator(published, which):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_answers_are_those_of_onnx_runtime(published, drifting_frames, batch, threads):
-    """Each frame from ONNX Runtime's state."""
-    budget = published.manifest.presets["0.55"]
-    one = load_engine(published, backend="openvino", threads=threads).open_stream(batch, usual_budget=budget)
-    other = load_engine(published, threads=1).open_stream(batch)
-    clips = [drifting_frames(3, published.manifest.image_size, seed=seed) for seed in range(batch)]
-    for t in range(3):
-        one.set_state(other.state())
-        one.image[:] = other.image[:] = np.stack([clip[t] for clip in clips])
-        used = published.manifest.budget_rule.at_reset(budget) if t == 0 else budget
-        found, wanted = one.run(used), other.run(used)
-        np.testing.assert_array_equal(found["kept_stages"], wanted["kept_stages"])
-        for name in ("class_logits", "mask_logits", "queries"):
-            assert relative_difference(found[name], wanted[name]) < 1e-3, name
-        other.commit()
+def test_answers_are_those_of_gridsample(published, agrees_with_gridsample, batch, threads):
+    agrees_with_gridsample(published, load_engine(published, backend="openvino", threads=threads), batch)
 
 
 def test_verify_passes(published):
