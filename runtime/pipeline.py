@@ -1,25 +1,28 @@
 """Sources -> streams -> sinks, each in a thread of its own, so that the model never waits for a decoder or an encoder.
 
-The reader's thread also letterboxes the frames of a recording if the model leaves it a core, and the writer's brings
-masks to the source's size where a sink wants them, so that the caller's thread does little but run the model. It goes
-in rounds: each camera that has a frame ready, and room for its answer, takes part; nobody waits for the others.
+The reader's thread also letterboxes the frames of a recording if the model leaves it a core; if not, another thread
+does so between two steps, when the cores are free. The writer's brings masks to the source's size where a sink wants
+them. So the caller's thread does little but run the model. It goes in rounds: each camera that has a frame ready, and
+room for its answer, takes part; nobody waits for the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from runtime.budget_controller import TargetCount
 from runtime.errors import SourceLostError, StepError
-from runtime.memory import return_large_arrays
+from runtime.memory import reuse_freed_pictures
 from runtime.sink_writer import SinkWriter
 from runtime.stream import Answer, PreparedFrame, Stream
 from runtime.stream_group import StreamGroup
@@ -114,7 +117,8 @@ def run_cameras(cameras: Sequence[Camera], stop: threading.Event | None = None) 
 
     Whatever ends a camera, its sinks are closed: normally after an end, an interrupt or a lost source, so that what
     was written is complete and readable; as failed after any other error, so that nothing half-written stays.
-    The C library's allocator is told to give large arrays back, for the whole process (:mod:`runtime.memory`).
+    The C library's allocator is told to keep what frames free for the next ones, for the whole process
+    (:mod:`runtime.memory`).
 
     Args:
         cameras: Their streams are on one engine, and share one controller or have none.
@@ -123,10 +127,11 @@ def run_cameras(cameras: Sequence[Camera], stop: threading.Event | None = None) 
     Returns:
         What became of each camera; nothing that ended one of them is raised.
     """
-    return_large_arrays()
+    reuse_freed_pictures()
     changed = threading.Condition()
     with contextlib.ExitStack() as stack:
-        lanes = [stack.enter_context(_Lane(camera, changed)) for camera in cameras]
+        between = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="between-steps"))
+        lanes = [stack.enter_context(_Lane(camera, changed, between)) for camera in cameras]
         for camera in cameras:
             stack.enter_context(camera.stream)
         try:
@@ -141,6 +146,10 @@ def run_cameras(cameras: Sequence[Camera], stop: threading.Event | None = None) 
 def _run_rounds(
     lanes: Sequence[_Lane], group: StreamGroup, changed: threading.Condition, stop: threading.Event
 ) -> None:
+    def prepare_next() -> None:
+        for lane in lanes:
+            lane.prepare_next()
+
     while any(lane.is_open for lane in lanes):
         with changed:
             changed.wait_for(lambda: any(lane.is_ready for lane in lanes), timeout=_STOP_CHECK_S)
@@ -148,7 +157,7 @@ def _run_rounds(
             _interrupt(lanes)
             return
         ready = {camera: prepared for camera, lane in enumerate(lanes) if (prepared := lane.take()) is not None}
-        for camera, answer in group.infer(ready).items() if ready else ():
+        for camera, answer in group.infer(ready, prepare_next).items() if ready else ():
             lanes[camera].deliver(ready[camera], answer)
 
 
@@ -162,7 +171,7 @@ def _interrupt(lanes: Sequence[_Lane]) -> None:
 class _Lane:
     """One camera on its way through a run: its reader, its writer, and what became of it."""
 
-    def __init__(self, camera: Camera, changed: threading.Condition) -> None:
+    def __init__(self, camera: Camera, changed: threading.Condition, between: ThreadPoolExecutor) -> None:
         controller = camera.stream.controller
         self.summary = RunSummary(
             resets=camera.stream.reset_counts,
@@ -172,15 +181,17 @@ class _Lane:
         self.is_open = True
         self._camera = camera
         self._failures = 0  # steps, in a row
-        self._started_s = time.perf_counter()
-        self._writer = SinkWriter(camera.sinks, self._count, changed)
-        # Of a live source only the newest frame is run: it is prepared when its turn comes. So is every frame where a
-        # step takes all cores: beside a step letterboxing holds up one of its threads, and all others wait for that
-        # one. (Over the bare loop, two cores, ten pairs in turns: 0.943 beside the step, 0.947 between two steps; of
-        # the fastest quarter of the frames 0.940 and 0.956.)
+        self._writer = SinkWriter(
+            camera.sinks, functools.partial(_count, self.summary, time.perf_counter(), camera.on_answer), changed
+        )
+        # Of a live source only the newest frame is run: it is prepared when its turn has come, or nearly so. So is
+        # every frame where a step takes all cores: beside a step letterboxing holds up one of its threads, and all
+        # others wait for that one.
         beside = camera.stream.engine.report.leaves_a_core and not camera.source.live
         prepare = camera.stream.prepare if beside else None
         self._reader: FrameReader[PreparedFrame] = FrameReader(camera.source, prepare=prepare, changed=changed)
+        self._between = None if beside else between
+        self._next: Future[PreparedFrame] | None = None
 
     def __enter__(self) -> Self:
         self._reader.__enter__()
@@ -197,7 +208,14 @@ class _Lane:
     def is_ready(self) -> bool:
         """Whether :meth:`take` has something to do."""
         has_failed = self._writer.error is not None  # a silent source must not hide it
-        return self.is_open and (has_failed or (self._reader.is_ready and self._writer.has_room))
+        has_next = self._next is not None or self._reader.is_ready
+        return self.is_open and (has_failed or (has_next and self._writer.room > 0))
+
+    def prepare_next(self) -> None:
+        """Begin with the frame after the one whose step has just ended, if it is there and its turn comes next."""
+        is_next = self.is_open and self._reader.is_ready and self._writer.room > 1  # one is for the answer at hand
+        if self._between is not None and self._next is None and is_next:
+            self._next = self._between.submit(self._prepare)
 
     def take(self) -> PreparedFrame | None:
         """The next frame if there is one, and room for its answer; the camera's end is noticed here.
@@ -210,9 +228,9 @@ class _Lane:
         if self._writer.error is not None:
             self._fail(self._writer.error)
             return None
+        upcoming, self._next = self._next, None
         try:
-            item = self._reader.take()
-            return item if isinstance(item, PreparedFrame) else self._camera.stream.prepare(item, in_place=True)
+            return self._prepare() if upcoming is None else upcoming.result()
         except StopIteration:
             self.end()
         except SourceLostError as error:
@@ -222,6 +240,10 @@ class _Lane:
         except Exception as error:
             self._fail(error)
         return None
+
+    def _prepare(self) -> PreparedFrame:
+        item = self._reader.take()
+        return item if isinstance(item, PreparedFrame) else self._camera.stream.prepare(item, in_place=True)
 
     def deliver(self, prepared: PreparedFrame, answer: Answer | StepError) -> None:
         """Hand an answer to the sinks; a failed step is counted, and too many in a row end the camera."""
@@ -262,11 +284,11 @@ class _Lane:
         if self._camera.name:
             logger.error("%s has ended: %s", self._camera.name, error)
 
-    def _count(self, answer: Answer) -> None:
-        summary = self.summary
-        summary.frames += 1
-        summary.step_ms += answer.header.step_ms
-        summary.tracks = max([summary.tracks, *answer.detections.track_ids.tolist()])  # ids count up
-        summary.wall_s = time.perf_counter() - self._started_s
-        if self._camera.on_answer is not None:
-            self._camera.on_answer(answer)
+
+def _count(summary: RunSummary, started_s: float, on_answer: Callable[[Answer], None] | None, answer: Answer) -> None:
+    summary.frames += 1
+    summary.step_ms += answer.header.step_ms
+    summary.tracks = max([summary.tracks, *answer.detections.track_ids.tolist()])  # ids count up
+    summary.wall_s = time.perf_counter() - started_s
+    if on_answer is not None:
+        on_answer(answer)

@@ -53,15 +53,14 @@ class ResetDetector:
         """Reset at the next frame, for this reason; the first reason of several stays."""
         self._pending = self._pending or reason
 
-    def check(self, image: NDArray[np.uint8], timestamp_s: float, discontinuity: str | None = None) -> str | None:
+    def check(self, thumbnail: NDArray[np.float32], timestamp_s: float, discontinuity: str | None = None) -> str | None:
         """The reason to drop the prior before this frame, or None.
 
         Args:
-            image: uint8 [H, W, 3], without the letterbox's border; of any size.
+            thumbnail: The frame as :func:`thumbnail_of` gives it.
             timestamp_s: Capture time, seconds.
             discontinuity: What the source says about this frame.
         """
-        thumbnail = _thumbnail(image)
         reason = self._pending or discontinuity or self._gap(timestamp_s)
         if reason is not None:
             self._differences.clear()
@@ -87,8 +86,15 @@ class ResetDetector:
         return is_cut
 
 
-def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Means of 9 x 16 cells (fewer if the image is tiny) over every fourth pixel, minus the mean of each colour."""
+def thumbnail_of(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Means of 9 x 16 cells (fewer if the image is tiny) over every fourth pixel, minus the mean of each colour.
+
+    Args:
+        image: uint8 [H, W, 3], without the letterbox's border; of any size.
+
+    Returns:
+        float32 [9, 16, 3].
+    """
     cells: NDArray[np.generic] = image[::4, ::4]
     edges = [
         np.linspace(0, side, min(side, count) + 1).astype(np.intp)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class SinkWriter:
     """Delivers answers to sinks, and closes the sinks: normally after an end or an interrupt, else as failed.
 
-    Nothing here waits for the thread but :meth:`join`. Whoever puts asks :attr:`has_room` before, so that memory stays
+    Nothing here waits for the thread but :meth:`join`. Whoever puts asks :attr:`room` before, so that memory stays
     bounded.
 
     Args:
@@ -49,9 +49,9 @@ class SinkWriter:
         self._thread.start()
 
     @property
-    def has_room(self) -> bool:
-        """Whether another answer may be put."""
-        return self._queue.qsize() < self._capacity
+    def room(self) -> int:
+        """How many more answers may be put now."""
+        return self._capacity - self._queue.qsize()
 
     def put(self, frame: Frame, answer: Answer) -> None:
         """Hand over one answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,7 +18,15 @@ from runtime.budget_controller import BudgetController
 from runtime.bundle import Bundle
 from runtime.errors import FrameShapeError, StepError
 from runtime.manifest import Manifest, TrackerSettings
-from runtime.resets import FAILED_STEP, FIRST_FRAME, NON_FINITE_STATE, RESOLUTION_CHANGE, ResetDetector, ResetSettings
+from runtime.resets import (
+    FAILED_STEP,
+    FIRST_FRAME,
+    NON_FINITE_STATE,
+    RESOLUTION_CHANGE,
+    ResetDetector,
+    ResetSettings,
+    thumbnail_of,
+)
 from runtime.results import FrameResult, Instances
 from runtime.track_queries import TrackQueryTracker
 from runtime.tracks import Detections, ObjectTracker, Tracker
@@ -38,6 +46,7 @@ class PreparedFrame:
     Attributes:
         image: uint8 [height, width, 3] of the bundle's image size, letterboxed.
         letterbox: How it was fitted; one object as long as the source keeps its resolution.
+        thumbnail: What a cut is told from, see :mod:`runtime.resets`.
         preprocess_ms: Time that took, milliseconds.
         in_place: ``image`` is where the engine reads it, in the stream's own buffers.
     """
@@ -45,6 +54,7 @@ class PreparedFrame:
     frame: Frame
     image: NDArray[np.uint8]
     letterbox: Letterbox
+    thumbnail: NDArray[np.float32]
     preprocess_ms: float
     in_place: bool = False
 
@@ -78,14 +88,12 @@ class Turn:
         reset_reason: Why it runs without a prior; None if it has one.
         budget: Tokens kept at each stage.
         started_s: When it was taken up, seconds of ``time.perf_counter``; what it waits for after that is latency.
-        preprocess_ms: Letterboxing and the check for a cut.
     """
 
     prepared: PreparedFrame
     reset_reason: str | None
     budget: tuple[int, ...]
     started_s: float
-    preprocess_ms: float
 
 
 class Stream:
@@ -192,8 +200,8 @@ class Stream:
         """Letterbox a frame for the model; of all threads one at a time may call it, in the order of the frames.
 
         Args:
-            in_place: Write the model's input where the engine reads it. Only for the frame that is run next, in the
-                thread that runs it.
+            in_place: Write the model's input where the engine reads it. Only for the frame that is run next, and not
+                before the step on the one before has ended.
 
         Raises:
             FrameShapeError: This is no RGB picture; nothing has changed.
@@ -207,7 +215,9 @@ class Stream:
         if self._letterbox is None or (self._letterbox.source_height, self._letterbox.source_width) != size:
             self._letterbox = Letterbox(*size, height, width, self.bundle.manifest.pad_value)
         self._letterbox.fit(frame, image)
-        return PreparedFrame(frame, image, self._letterbox, (time.perf_counter() - started) * 1e3, in_place)
+        thumbnail = thumbnail_of(_content(image, self._letterbox))
+        took_ms = (time.perf_counter() - started) * 1e3
+        return PreparedFrame(frame, image, self._letterbox, thumbnail, took_ms, in_place)
 
     def infer(self, prepared: PreparedFrame) -> Answer:
         """Run one prepared frame and carry the prior to the next.
@@ -224,21 +234,22 @@ class Stream:
     def begin(self, prepared: PreparedFrame, started_s: float) -> Turn:
         """Decide whether a frame may use the prior, which is dropped from :attr:`buffers` if not."""
         self.open()
-        frame, began_s = prepared.frame, time.perf_counter()
+        frame = prepared.frame
         if self._last_letterbox not in (None, prepared.letterbox):
             self._detector.note(RESOLUTION_CHANGE)
         self._last_letterbox = prepared.letterbox
-        content = _content(prepared.image, prepared.letterbox)
-        reason = self._detector.check(content, frame.timestamp_s, frame.discontinuity)
+        reason = self._detector.check(prepared.thumbnail, frame.timestamp_s, frame.discontinuity)
         budget = self.budget
         if reason is not None:
             self._drop_prior(reason)
             budget = self.bundle.manifest.budget_rule.at_reset(budget)
-        preprocess_ms = prepared.preprocess_ms + (time.perf_counter() - began_s) * 1e3
-        return Turn(prepared, reason, budget, started_s, preprocess_ms)
+        return Turn(prepared, reason, budget, started_s)
 
-    def run_alone(self, turn: Turn) -> Answer:
+    def run_alone(self, turn: Turn, when_computed: Callable[[], None] | None = None) -> Answer:
         """Run a frame in the stream's own buffers, which hold its state.
+
+        Args:
+            when_computed: Called as soon as the backend is done, before the tracks are.
 
         Raises:
             StepError: As :meth:`infer`.
@@ -253,7 +264,10 @@ class Stream:
             raise
         if bool(outputs["state_ok"][0]):
             buffers.commit()
-        answer = self.finish(turn, outputs, (time.perf_counter() - started) * 1e3)
+        step_ms = (time.perf_counter() - started) * 1e3
+        if when_computed is not None:
+            when_computed()
+        answer = self.finish(turn, outputs, step_ms)
         if written := self.written_state():
             buffers.set_state(written)
         return answer
@@ -308,7 +322,7 @@ class Stream:
             tokens_kept=np.array(outputs["tokens_kept"][0], np.int64),
             reset_reason=turn.reset_reason,
             step_ms=step_ms,
-            preprocess_ms=turn.preprocess_ms,
+            preprocess_ms=prepared.preprocess_ms,
             latency_ms=latency_ms,
             missed_target=None if controller is None else controller.tally(latency_ms, budget),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,8 +44,15 @@ class StreamGroup:
         usual = streams[0].usual_budget
         self._batches = {size: _Batch(engine.open_stream(size, usual)) for size in range(2, self._largest + 1)}
 
-    def infer(self, ready: Mapping[int, PreparedFrame]) -> dict[int, Answer | StepError]:
+    def infer(
+        self, ready: Mapping[int, PreparedFrame], when_computed: Callable[[], None] | None = None
+    ) -> dict[int, Answer | StepError]:
         """Run one frame of each camera in ``ready`` and carry their priors on.
+
+        Args:
+            ready: One at least.
+            when_computed: Called once the backend is done with all of them and only tracks remain to be told; left
+                out where its last step fails.
 
         Returns:
             The answer for each, or why there is none: that camera's next frame then runs without a prior.
@@ -53,33 +60,42 @@ class StreamGroup:
         started_s = time.perf_counter()
         turns = {camera: self._streams[camera].begin(ready[camera], started_s) for camera in sorted(ready)}
         answers: dict[int, Answer | StepError] = {}
+        *first, last = self._steps(turns)
+        for cameras in first:
+            answers |= self._run({camera: turns[camera] for camera in cameras})
+        answers |= self._run({camera: turns[camera] for camera in last}, when_computed)
+        self._learn(turns, answers)
+        return answers
+
+    def _steps(self, turns: Mapping[int, Turn]) -> list[Sequence[int]]:
+        """The cameras that run in each step."""
+        without_prior: list[Sequence[int]] = []
         carrying: dict[tuple[int, ...], list[int]] = {}
         for camera, turn in turns.items():
             if turn.reset_reason is None:
                 carrying.setdefault(turn.budget, []).append(camera)
             else:
-                self._disown(camera)
-                answers[camera] = self._alone(camera, turn)
-        for cameras in carrying.values():
-            for together in _chunks(cameras, self._largest):
-                answers |= self._run({camera: turns[camera] for camera in together})
-        self._learn(turns, answers)
-        return answers
+                without_prior.append([camera])
+        return [*without_prior, *(chunk for cameras in carrying.values() for chunk in _chunks(cameras, self._largest))]
 
-    def _run(self, turns: Mapping[int, Turn]) -> dict[int, Answer | StepError]:
+    def _run(
+        self, turns: Mapping[int, Turn], when_computed: Callable[[], None] | None = None
+    ) -> dict[int, Answer | StepError]:
         if len(turns) > 1:
-            return self._together(turns)
+            return self._together(turns, when_computed)
         ((camera, turn),) = turns.items()
-        self._bring_home(camera)
-        return {camera: self._alone(camera, turn)}
-
-    def _alone(self, camera: int, turn: Turn) -> Answer | StepError:
+        if turn.reset_reason is None:
+            self._bring_home(camera)
+        else:
+            self._disown(camera)
         try:
-            return self._streams[camera].run_alone(turn)
+            return {camera: self._streams[camera].run_alone(turn, when_computed)}
         except StepError as error:
-            return error
+            return {camera: error}
 
-    def _together(self, turns: Mapping[int, Turn]) -> dict[int, Answer | StepError]:
+    def _together(
+        self, turns: Mapping[int, Turn], when_computed: Callable[[], None] | None
+    ) -> dict[int, Answer | StepError]:
         cameras = tuple(turns)
         streams = [self._streams[camera] for camera in cameras]
         batch, started = self._batch_of(cameras), time.perf_counter()
@@ -95,6 +111,8 @@ class StreamGroup:
             return dict.fromkeys(cameras, error)
         batch.buffers.commit()  # a row whose state is not finite is dropped before its next frame
         step_ms = (time.perf_counter() - started) * 1e3
+        if when_computed is not None:
+            when_computed()
         answers: dict[int, Answer | StepError] = {}
         for row, (camera, stream) in enumerate(zip(cameras, streams, strict=True)):
             own = {name: output[row : row + 1] for name, output in outputs.items()}

@@ -1,4 +1,4 @@
-"""Freed pictures go back to the system, and the highest memory of a process is its own."""
+"""What a frame frees serves the next one, very large arrays go back, and a process has its own highest memory."""
 
 from __future__ import annotations
 
@@ -10,25 +10,49 @@ import pytest
 
 from runtime.memory import peak_memory_mib
 
-SCRIPT = """
+LARGE = """
 import numpy as np, psutil
-from runtime.memory import return_large_arrays
-assert return_large_arrays()
+from runtime.memory import reuse_freed_pictures
+assert reuse_freed_pictures()
 for size in (30, 20):  # glibc on its own would raise its limit on the first free, and keep the second in its heap
     array, keep = np.ones(size << 20, np.uint8), None
     del array
 before = psutil.Process().memory_info().rss
-arrays = [np.ones(2 << 20, np.uint8) for _ in range(20)]
+arrays = [np.ones(5 << 20, np.uint8) for _ in range(10)]
 small = np.ones(1000)  # lies above them in a heap
 del arrays
 print((psutil.Process().memory_info().rss - before) >> 20)
 """
+PICTURES = """
+import sys, resource, numpy as np
+from runtime.memory import reuse_freed_pictures
+if sys.argv[1] == "reuse":
+    assert reuse_freed_pictures()
+def frame():
+    return [np.ones(size, np.uint8) for size in (540 * 960 * 4, 540 * 960 * 3, 3 * 720 * 1280)]
+frame()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    frame()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20)
+"""
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_freed_arrays_leave_the_process():
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 4
+def printed(script: str, *arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@needs_glibc
+def test_very_large_arrays_leave_the_process():
+    assert printed(LARGE) < 4
+
+
+@needs_glibc
+def test_pictures_of_a_frame_serve_the_next():
+    assert printed(PICTURES, "reuse") < 20, "page faults a frame, of which a picture of 2 MB alone has 500"
+    assert printed(PICTURES, "as it is") > 100, "glibc does not do so by itself"
 
 
 PEAK = """

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime import backend
-from runtime.errors import SinkError, SourceFormatError, SourceLostError, StepError
+from runtime.errors import FrameShapeError, SinkError, SourceFormatError, SourceLostError, StepError
+from runtime.onnxruntime_backend import OnnxRuntimeBuffers
 from runtime.pipeline import FAILURES_IN_A_ROW, run_stream
 from runtime.stream import Stream
 from runtime.video.letterbox import Letterbox
@@ -257,9 +260,6 @@ def test_slow_sink_holds_the_source_back(stream, drifting_frames):
 
 def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
     """The pictures of frames long gone are free again."""
-    import gc
-    import weakref
-
     alive, most = [], 0
 
     class Picture(np.ndarray):
@@ -279,21 +279,128 @@ def test_nothing_of_a_frame_is_kept_after_it(stream, drifting_frames):
     assert len(alive) == 40 and most <= 14
 
 
-# Where a frame is letterboxed
+def test_nothing_of_a_run_waits_for_the_garbage_collector(micro, micro_engine, pictures, tmp_path):
+    """An encoder alone is tens of megabytes: nothing may hold it in a circle."""
+    source, stream, sink = (
+        ListSource(pictures),
+        Stream(micro, micro_engine),
+        VideoSink(tmp_path / "out.mp4", 30.0, micro.manifest.classes),
+    )
+    kept = [weakref.ref(source), weakref.ref(stream), weakref.ref(sink)]
+    gc.disable()
+    try:
+        run_stream(source, stream, [sink])
+        del source, stream, sink
+        assert [reference() for reference in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
-@pytest.mark.parametrize(("cores", "thread"), [(1, "MainThread"), (2, "frame-reader")])
-def test_letterboxes_beside_a_step_that_leaves_a_core(micro, micro_engine, pictures, monkeypatch, cores, thread):
-    """The engine takes one thread; beside one that takes all cores the work would hold up the step."""
+# --- where and when a frame is letterboxed --------------------------------------------------------------------------
+
+
+class Watch:
+    """Notes in which thread frames are prepared, and whether a step ran meanwhile; steps take a while."""
+
+    def __init__(self, monkeypatch, step_s: float = 0.005) -> None:
+        self.threads: set[str] = set()
+        self.beside_a_step = 0
+        computing, prepare, run = threading.Event(), Stream.prepare, OnnxRuntimeBuffers.run
+
+        def watched_prepare(stream, frame, **options):
+            self.threads.add(threading.current_thread().name)
+            self.beside_a_step += computing.is_set()
+            return prepare(stream, frame, **options)
+
+        def watched_run(buffers, budget):
+            computing.set()
+            time.sleep(step_s)
+            try:
+                return run(buffers, budget)
+            finally:
+                computing.clear()
+
+        monkeypatch.setattr(Stream, "prepare", watched_prepare)
+        monkeypatch.setattr(OnnxRuntimeBuffers, "run", watched_run)
+
+
+@pytest.fixture
+def all_cores_taken(micro_engine, monkeypatch) -> None:
+    """The engine takes one thread, and that is all there are."""
     assert micro_engine.report.threads == 1
-    monkeypatch.setattr(backend, "available_cores", lambda: cores)
-    stream, prepare, seen = Stream(micro, micro_engine), Stream.prepare, set()
+    monkeypatch.setattr(backend, "available_cores", lambda: 1)
 
-    def watched(self, frame, **options):
-        seen.add(threading.current_thread().name)
-        return prepare(self, frame, **options)
 
-    monkeypatch.setattr(Stream, "prepare", watched)
+def test_letterboxes_beside_a_step_that_leaves_a_core(micro, micro_engine, pictures, monkeypatch):
+    monkeypatch.setattr(backend, "available_cores", lambda: 2)
+    watch, sink = Watch(monkeypatch), ListSink()
+    run_stream(ListSource(pictures), Stream(micro, micro_engine), [sink])
+    assert watch.threads == {"frame-reader"} and watch.beside_a_step > 0
+    assert sink.indices == list(range(FRAMES))
+
+
+@pytest.mark.usefixtures("all_cores_taken")
+def test_letterboxes_between_steps_that_take_all_cores(micro, micro_engine, pictures, monkeypatch):
+    watch, sink = Watch(monkeypatch), ListSink()
+    run_stream(ListSource(pictures), Stream(micro, micro_engine), [sink])
+    assert watch.threads == {"MainThread", "between-steps_0"}, "the first frame has no step before it"
+    assert watch.beside_a_step == 0
+    assert sink.indices == list(range(FRAMES))
+
+
+@pytest.mark.usefixtures("all_cores_taken")
+def test_where_a_frame_is_letterboxed_changes_nothing(micro, micro_engine, pictures):
+    answers = []
+    run_stream(ListSource(pictures), Stream(micro, micro_engine), [], answers.append)
+    with Stream(micro, micro_engine) as alone:
+        for index, (answer, picture) in enumerate(zip(answers, pictures, strict=True)):
+            got, want = answer.result(), alone.step(picture, timestamp_s=index / 30)
+            np.testing.assert_array_equal(got.kept_stages, want.kept_stages)
+            np.testing.assert_array_equal(got.instances.masks, want.instances.masks)
+            assert got.reset_reason == want.reset_reason
+
+
+@pytest.mark.usefixtures("all_cores_taken")
+def test_bad_picture_in_the_middle_ends_the_run_as_failed(micro, micro_engine, pictures):
     sink = ListSink()
-    run_stream(ListSource(pictures), stream, [sink])
-    assert seen == {thread} and sink.indices == list(range(FRAMES))
+    source = ListSource([*pictures[:3], pictures[3].astype(np.float32), *pictures[4:]])
+    with pytest.raises(FrameShapeError, match="float32"):
+        run_stream(source, Stream(micro, micro_engine), [sink])
+    assert sink.closed_as == [True] and source.released
+
+
+class LiveSource(ListSource):
+    """Frames come at their own pace."""
+
+    live = True
+
+    def _generate(self):
+        for frame in super()._generate():
+            time.sleep(0.01)
+            yield frame
+
+
+class HeldSink(ListSink):
+    """Holds its first frame until the source has delivered so many."""
+
+    def __init__(self, source: ListSource, until: int) -> None:
+        super().__init__()
+        self._source, self._until = source, until
+
+    def write(self, frame, result) -> None:
+        while not self.indices and self._source.counters.frames_read < self._until:
+            time.sleep(0.01)
+        super().write(frame, result)
+
+
+@pytest.mark.usefixtures("all_cores_taken")
+def test_no_frame_of_a_camera_is_prepared_before_there_is_room_for_its_answer(
+    micro, micro_engine, drifting_frames, monkeypatch
+):
+    """It would be old by the time it is run: one answer is in the sink's hands and four wait, and no more."""
+    Watch(monkeypatch, step_s=0.03)  # the next frame is always there when a step ends
+    source = LiveSource(drifting_frames(60, size=(48, 80)))
+    sink = HeldSink(source, until=50)
+    run_stream(source, Stream(micro, micro_engine), [sink])
+    assert sum(index < 48 for index in sink.indices) == 5
+    assert len(sink.indices) > 5

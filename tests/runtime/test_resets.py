@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.resets import FIRST_FRAME, SCENE_CUT, TIME_GAP, ResetDetector, ResetSettings
+from runtime.resets import FIRST_FRAME, SCENE_CUT, TIME_GAP, ResetDetector, ResetSettings, thumbnail_of
 
 
 def reasons(frames, detector: ResetDetector | None = None) -> list[str | None]:
     """What the detector says about frames at 30 per second."""
     detector = detector or ResetDetector()
-    return [detector.check(frame, t / 30) for t, frame in enumerate(frames)]
+    return [detector.check(thumbnail_of(frame), t / 30) for t, frame in enumerate(frames)]
 
 
 def cuts(frames) -> list[int]:
@@ -159,19 +159,19 @@ def test_note_takes_effect_once_and_the_first_reason_stays(canvas):
     reasons([picture] * 2, detector)
     detector.note("failed step")
     detector.note("resolution change")
-    assert [detector.check(picture, t / 30) for t in (2, 3)] == ["failed step", None]
+    assert [detector.check(thumbnail_of(picture), t / 30) for t in (2, 3)] == ["failed step", None]
 
 
 def test_source_goes_before_clock_and_picture(canvas):
     detector = ResetDetector()
-    detector.check(view(canvas, 0), 0.0)
-    assert detector.check(view(canvas, 2000), 99.0, "reconnect") == "reconnect"
-    assert detector.check(view(canvas, 2000), 99.1) is None
-    assert detector.check(view(canvas, 0), 999.0) == TIME_GAP
-    assert detector.check(view(canvas, 0), 1.0) == TIME_GAP  # the clock was set back
-    assert detector.check(view(canvas, 0), 2.0) is None  # just the longest gap
+    detector.check(thumbnail_of(view(canvas, 0)), 0.0)
+    assert detector.check(thumbnail_of(view(canvas, 2000)), 99.0, "reconnect") == "reconnect"
+    assert detector.check(thumbnail_of(view(canvas, 2000)), 99.1) is None
+    assert detector.check(thumbnail_of(view(canvas, 0)), 999.0) == TIME_GAP
+    assert detector.check(thumbnail_of(view(canvas, 0)), 1.0) == TIME_GAP  # the clock was set back
+    assert detector.check(thumbnail_of(view(canvas, 0)), 2.0) is None  # just the longest gap
     detector.note("asked for")
-    assert detector.check(view(canvas, 2000), 0.0, "reconnect") == "asked for"
+    assert detector.check(thumbnail_of(view(canvas, 2000)), 0.0, "reconnect") == "asked for"
 
 
 def test_limits_are_settings(canvas):
