@@ -3,8 +3,8 @@
     python -m benchmarks.run
 
 ``vpp-eo-tiny`` at 544 x 960 with random weights, on a 720p H.264 file made for the purpose. Start and memory are those
-of the command itself, in processes of their own; frame rates are of one process in which the bare step loop and the run
-take turns. The 20,000 frames are of 180 x 320 pixels and go through ``vpp-eo-micro`` at 96 x 160 with all file sinks:
+of the command itself, in processes of their own; frame rates are of one process in which frames and bare steps take
+turns. The 20,000 frames are of 180 x 320 pixels and go through ``vpp-eo-micro`` at 96 x 160 with all file sinks:
 it is the pipeline that might grow, not the model.
 """
 
@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +26,10 @@ import av
 import numpy as np
 import psutil
 import typer
+from numpy.typing import NDArray
 
 from benchmarks.speed import RESULTS, DecodedClip, bare_loop, machine, random_bundle
-from runtime.backend import Engine, load_engine
+from runtime.backend import Engine, StreamBuffers, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.memory import peak_memory_mib
 from runtime.pipeline import run_stream
@@ -38,6 +39,7 @@ from runtime.video.sinks import JsonLinesSink, Sink, VideoSink, YouTubeVisSink
 from runtime.video.sources import open_source
 
 ROOT = Path(__file__).parents[1]
+BLOCK = 20  # frames, and steps, in turns
 SINKS = ("out.mp4", "out.json", "out.jsonl")
 LOAD = (
     "import sys, time; from pathlib import Path; started = time.perf_counter();"
@@ -105,22 +107,86 @@ def file_sinks(folder: Path, classes: Sequence[str]) -> list[Sink]:
     return [VideoSink(video, 30.0, classes), YouTubeVisSink(tracks, 1), JsonLinesSink(lines, classes)]
 
 
+class TakingTurns:
+    """An engine in whose stream a block of bare steps follows each block of frames: what drifts touches both alike.
+
+    Attributes:
+        frames_ms: Milliseconds a frame in each block, the whole of it.
+        bare_ms: Milliseconds a bare step in the blocks before, between and after those.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.report, self.graph, self._engine = engine.report, engine.graph, engine
+        self.frames_ms: list[float] = []
+        self.bare_ms: list[float] = []
+
+    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> StreamBuffers:
+        """The stream's buffers, and a second set for the bare steps."""
+        stream, bare = (self._engine.open_stream(batch, usual_budget) for _ in range(2))
+        return _Turns(self, stream, bare, usual_budget)
+
+    def close(self) -> None:
+        """Leaves the engine open: it is lent."""
+
+    def ratios(self) -> list[float]:
+        """Rate of each block of frames over that of the bare steps around it, without the first frame's block."""
+        around = [np.mean(pair) for pair in pairwise(self.bare_ms)]
+        return [float(bare / frames) for bare, frames in zip(around, self.frames_ms, strict=True)][1:]
+
+
+class _Turns:
+    def __init__(
+        self, notes: TakingTurns, stream: StreamBuffers, bare: StreamBuffers, budget: tuple[int, ...] | None
+    ) -> None:
+        self._notes, self._stream, self._bare, self._budget = notes, stream, bare, budget
+        self._count, self._started_s = 0, 0.0
+        self.image = stream.image
+        bare.image[:] = np.random.default_rng(0).integers(0, 256, bare.image.shape, np.uint8)
+        self.commit, self.reset, self.state, self.set_state = (
+            stream.commit, stream.reset, stream.state, stream.set_state
+        )  # fmt: skip
+
+    def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
+        """One step of the stream; before every twentieth the bare steps."""
+        if self._count % BLOCK == 0:
+            if self._count:
+                self._notes.frames_ms.append((time.perf_counter() - self._started_s) / BLOCK * 1e3)
+            self._notes.bare_ms.append(self._bare_step_ms())
+            self._started_s = time.perf_counter()
+        self._count += 1
+        return self._stream.run(token_budget)
+
+    def _bare_step_ms(self) -> float:
+        for step in range(BLOCK + 1):
+            if step == 1:  # the first one finds other things in the caches
+                started_s = time.perf_counter()
+            self._bare.run(self._budget)
+            self._bare.commit()
+        return (time.perf_counter() - started_s) / BLOCK * 1e3
+
+
 def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Frames per second of a run on the file, with and without all file sinks, over the bare step loop around it."""
-    classes = bundle.manifest.classes
-    bare = [bare_loop(bundle, engine, 30)]
-    rates: dict[str, list[float]] = {"run": [], "run_with_sinks": []}
-    over: dict[str, list[float]] = {"run_over_bare": [], "run_with_sinks_over_bare": []}
+    """Frame rate of a run on the file over that of bare steps: in blocks that take turns; with all sinks as a whole."""
+    ratios: list[float] = []
+    bare_ms: list[float] = []
+    with_sinks: list[float] = []
     for _ in range(rounds):
-        for name, sinks in (("run", []), ("run_with_sinks", file_sinks(folder, classes))):
-            summary = run_stream(open_source(clip), Stream(bundle, engine), sinks)
-            bare.append(bare_loop(bundle, engine, 30))
-            rates[name].append(summary.frames_per_second)
-            over[f"{name}_over_bare"].append(summary.frames_per_second / np.mean(bare[-2:]))  # before and after
-    rounded = {
-        name: [round(float(rate), 3) for rate in values] for name, values in ({"bare": bare} | rates | over).items()
+        turns = TakingTurns(engine)
+        run_stream(open_source(clip), Stream(bundle, turns), [])
+        ratios += turns.ratios()
+        bare_ms += turns.bare_ms
+        summary = run_stream(open_source(clip), Stream(bundle, engine), file_sinks(folder, bundle.manifest.classes))
+        bare = np.mean([1e3 / turns.bare_ms[-1], bare_loop(bundle, engine, BLOCK)])
+        with_sinks.append(summary.frames_per_second / float(bare))
+    return {
+        "bare_step_ms": round(float(np.median(bare_ms)), 1),
+        "blocks": len(ratios),
+        "run_over_bare_median": round(float(np.median(ratios)), 4),
+        "run_over_bare_quartiles": [round(float(value), 4) for value in np.percentile(ratios, [25, 75])],
+        "run_over_bare": [round(ratio, 3) for ratio in ratios],
+        "run_with_sinks_over_bare_median": round(float(np.median(with_sinks)), 4),
+        "run_with_sinks_over_bare": [round(ratio, 3) for ratio in with_sinks],
     }
-    return rounded | {f"{name}_median": round(float(np.median(values)), 4) for name, values in over.items()}
 
 
 def endurance(path: Path, frames: int, folder: Path) -> dict[str, Any]:
