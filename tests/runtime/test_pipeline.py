@@ -402,5 +402,5 @@ def test_no_frame_of_a_camera_is_prepared_before_there_is_room_for_its_answer(
     source = LiveSource(drifting_frames(60, size=(48, 80)))
     sink = HeldSink(source, until=50)
     run_stream(source, Stream(micro, micro_engine), [sink])
-    assert sum(index < 48 for index in sink.indices) == 5
-    assert len(sink.indices) > 5
+    assert sum(index < 48 for index in sink.indices) <= 5
+    assert sink.indices[-1] >= 48
