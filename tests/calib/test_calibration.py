@@ -161,6 +161,7 @@ def test_the_fewest_layers_are_left_out():
 # Going on after a stop
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(request_for, tmp_path, monkeypatch):
     other = write_pictures(tmp_path / "night", seed=9)
     request = request_for(frames=8)

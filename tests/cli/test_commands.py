@@ -133,6 +133,7 @@ def test_verify_layer_by_layer(cli, micro_bundle, options):
     assert len(re.findall(r"^\S+ +\w+ +\S+ +(?:\d+\.\d|inf) dB", out, re.MULTILINE)) == 10
 
 
+@pytest.mark.slow
 def test_acceptance_report_of_the_command_line(cli, own_bundle, tmp_path, monkeypatch):
     """One backend that is here and one that is not; the others are tried in test_acceptance."""
     monkeypatch.setattr("runtime.acceptance.BACKENDS", dict.fromkeys(("onnxruntime", "nonsense")))

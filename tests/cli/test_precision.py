@@ -40,6 +40,7 @@ def test_calibrated_bundle_is_inspected_and_run(cli, micro_bundle, clip, tmp_pat
     assert [stream["token_budget"][0] for stream in table["streams"]] == [36, 42]
 
 
+@pytest.mark.slow
 def test_sensitivity_is_printed_worst_first(cli, micro_bundle, clip, tmp_path):
     options = "--frames", 8, "--sensitivity", "--threads", 1, "-o", tmp_path / "int8"
     shown = cli("calibrate", micro_bundle, "--source", clip, *options).check().out

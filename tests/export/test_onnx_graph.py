@@ -96,6 +96,7 @@ def images(seed: int, count: int) -> list[np.ndarray]:
 # What is in the file
 
 
+@pytest.mark.slow
 def test_budget_graph_has_no_forbidden_operator(large):
     model, _ = large
     nodes = list(all_nodes(model.graph))
@@ -111,6 +112,7 @@ def test_budget_graph_has_no_forbidden_operator(large):
         assert set(reductions) <= {b"none"}, node.name
 
 
+@pytest.mark.slow
 def test_budget_graph_stores_nothing_of_size_n_by_n(large):
     model, _ = large
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in constants(model)}
@@ -119,6 +121,7 @@ def test_budget_graph_stores_nothing_of_size_n_by_n(large):
     assert any(size == LARGE_PATCHES * 48 for size in sizes.values()), "the position embedding: the sizes are right"
 
 
+@pytest.mark.slow
 def test_each_top_k_takes_its_k_from_the_budget(large):
     model, _ = large
     top_ks = [node for node in all_nodes(model.graph) if node.op_type == "TopK"]
@@ -157,10 +160,10 @@ def test_state_pairs_cover_all_state_inputs(bundle):
     assert [pair.input for pair in graph.state if pair.initial == "file"] == ["prior.queries"]
 
 
-@pytest.mark.parametrize("which", ["budget", "dense", "large"])
-def test_checker_and_shape_inference_pass(bundle, large, which):
+@pytest.mark.parametrize("which", ["budget", "dense", pytest.param("large", marks=pytest.mark.slow)])
+def test_checker_and_shape_inference_pass(bundle, which, request):
     specs = {"budget": bundle.manifest.graph, "dense": bundle.manifest.baseline}
-    model = large[0] if which == "large" else onnx.load(bundle.path(specs[which]))
+    model = request.getfixturevalue("large")[0] if which == "large" else onnx.load(bundle.path(specs[which]))
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     typed = {value.name for value in [*inferred.graph.value_info, *inferred.graph.output]}

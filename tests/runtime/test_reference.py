@@ -68,6 +68,7 @@ def test_threshold_bundle_agrees_with_torch(threshold_bundle):
     assert result.frames + result.skipped == sum(PRESETS.values()) and max(result.worst.values()) < 1e-4
 
 
+@pytest.mark.slow
 def test_dense_bundle_agrees_with_torch(micro_checkpoint, tmp_path):
     from export.bundle_writer import ExportRequest, export_bundle
     from models.pruned_host import Selection

@@ -149,8 +149,8 @@ def test_other_classes_are_refused_with_both_named(data):
         open_data(data, ("dog",))
 
 
-def test_missing_data_ends_with_2(run, bundle, tmp_path):
-    done = run(bundle, tmp_path)
+def test_missing_data_ends_with_2(run, micro_bundle, tmp_path):
+    done = run(micro_bundle, tmp_path)
     assert done.exit_code == 2 and "no annotations" in done.output
 
 
