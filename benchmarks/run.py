@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +26,10 @@ import av
 import numpy as np
 import psutil
 import typer
-from numpy.typing import NDArray
 
 from benchmarks.speed import RESULTS, DecodedClip, bare_loop, machine, random_bundle
-from runtime.backend import Engine, StreamBuffers, load_engine
+from benchmarks.taking_turns import BLOCK, TakingTurns
+from runtime.backend import Engine, load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.memory import peak_memory_mib
 from runtime.pipeline import run_stream
@@ -39,7 +39,6 @@ from runtime.video.sinks import JsonLinesSink, Sink, VideoSink, YouTubeVisSink
 from runtime.video.sources import open_source
 
 ROOT = Path(__file__).parents[1]
-BLOCK = 20  # frames, and steps, in turns
 SINKS = ("out.mp4", "out.json", "out.jsonl")
 LOAD = (
     "import sys, time; from pathlib import Path; started = time.perf_counter();"
@@ -107,64 +106,6 @@ def file_sinks(folder: Path, classes: Sequence[str]) -> list[Sink]:
     return [VideoSink(video, 30.0, classes), YouTubeVisSink(tracks, 1), JsonLinesSink(lines, classes)]
 
 
-class TakingTurns:
-    """An engine in whose stream a block of bare steps follows each block of frames: what drifts touches both alike.
-
-    Attributes:
-        frames_ms: Milliseconds a frame in each block, the whole of it.
-        bare_ms: Milliseconds a bare step in the blocks before, between and after those.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.report, self.graph, self._engine = engine.report, engine.graph, engine
-        self.frames_ms: list[float] = []
-        self.bare_ms: list[float] = []
-
-    def open_stream(self, batch: int = 1, usual_budget: tuple[int, ...] | None = None) -> StreamBuffers:
-        """The stream's buffers, and a second set for the bare steps."""
-        stream, bare = (self._engine.open_stream(batch, usual_budget) for _ in range(2))
-        return _Turns(self, stream, bare, usual_budget)
-
-    def close(self) -> None:
-        """Leaves the engine open: it is lent."""
-
-    def ratios(self) -> list[float]:
-        """Rate of each block of frames over that of the bare steps around it, without the first frame's block."""
-        around = [np.mean(pair) for pair in pairwise(self.bare_ms)]
-        return [float(bare / frames) for bare, frames in zip(around, self.frames_ms, strict=True)][1:]
-
-
-class _Turns:
-    def __init__(
-        self, notes: TakingTurns, stream: StreamBuffers, bare: StreamBuffers, budget: tuple[int, ...] | None
-    ) -> None:
-        self._notes, self._stream, self._bare, self._budget = notes, stream, bare, budget
-        self._count, self._started_s = 0, 0.0
-        self.image = stream.image
-        bare.image[:] = np.random.default_rng(0).integers(0, 256, bare.image.shape, np.uint8)
-        self.commit, self.reset, self.state, self.set_state = (
-            stream.commit, stream.reset, stream.state, stream.set_state
-        )  # fmt: skip
-
-    def run(self, token_budget: tuple[int, ...] | None) -> Mapping[str, NDArray[np.generic]]:
-        """One step of the stream; before every twentieth the bare steps."""
-        if self._count % BLOCK == 0:
-            if self._count:
-                self._notes.frames_ms.append((time.perf_counter() - self._started_s) / BLOCK * 1e3)
-            self._notes.bare_ms.append(self._bare_step_ms())
-            self._started_s = time.perf_counter()
-        self._count += 1
-        return self._stream.run(token_budget)
-
-    def _bare_step_ms(self) -> float:
-        for step in range(BLOCK + 1):
-            if step == 1:  # the first one finds other things in the caches
-                started_s = time.perf_counter()
-            self._bare.run(self._budget)
-            self._bare.commit()
-        return (time.perf_counter() - started_s) / BLOCK * 1e3
-
-
 def frame_rates(bundle: Bundle, engine: Engine, clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Frame rate of a run on the file over that of bare steps: in blocks that take turns; with all sinks as a whole."""
     ratios: list[float] = []
@@ -224,7 +165,7 @@ class Repeated(DecodedClip):
 
 def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one step.")] = 2,
-    clip_frames: Annotated[int, typer.Option(min=30, help="Frames of the clip.")] = 200,
+    clip_frames: Annotated[int, typer.Option(min=3 * BLOCK, help="Frames of the clip.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions, of which the median counts.")] = 5,
     endurance_frames: Annotated[int, typer.Option(min=20, help="Frames of the long run.")] = 20_000,
     bundle: Annotated[Path | None, typer.Option(help="Bundle; default: vpp-eo-tiny with random weights.")] = None,

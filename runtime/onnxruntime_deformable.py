@@ -196,11 +196,8 @@ class _Reader:
     def sampling(self, node: NodeProto) -> Sampling | None:
         """Read a GridSample; None if it is of anything else."""
         picture, grid = node.input  # the picture is [B * heads, channels, height, width]
-        level, planes, place = (
-            self.source(picture, "Split"),
-            self.source(picture, "Transpose"),
-            self.source(grid, "Add"),
-        )
+        level, planes = self.source(picture, "Split"), self.source(picture, "Transpose")
+        place = self.source(grid, "Add")
         turned = self.source(self.input(place), "Transpose")
         weights = self.source(self.input(self.reader(node.output[0], "Mul"), 1), "Softmax")
         if not (level and _is_plain(node) and self._order(planes) == PLANES and self._order(turned) == POINTS_FIRST):

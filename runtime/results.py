@@ -67,7 +67,7 @@ class FrameResult:
             0 (pruned first) to S (never pruned). The grid covers the letterboxed image, not the source frame.
         tokens_kept: int64 [S], tokens that each selection stage kept.
         reset_reason: Why this frame ran without a prior (``"first frame"``, ``"scene cut"``, ...), else None.
-        preprocess_ms: Time for letterboxing and the scene-cut check, milliseconds.
+        preprocess_ms: Time for letterboxing and the thumbnail that a cut is told from, milliseconds.
         step_ms: Time in the backend, milliseconds.
         latency_ms: From the picture to its objects, milliseconds: letterboxing, the wait for other cameras of the same
             round, the step, the tracks. Without masks at the source's size, drawing and writing, which overlap with the

@@ -203,7 +203,8 @@ class _Taps:
 class _Scratch:
     """Memory that is used again for every mask: fresh arrays of this size cost more than what is done with them.
 
-    (They come from the system page by page: 43 ms instead of 9 for nine masks at 720p, see :mod:`runtime.memory`.)
+    (43 ms instead of 9 for nine masks at 720p, where the C library fetches them from the system each time; those of a
+    run it may keep, see :mod:`runtime.memory`.)
     """
 
     def __init__(self) -> None:
