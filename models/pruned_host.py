@@ -115,7 +115,7 @@ class MapSelector(nn.Module):
 
     def forward(self, tokens: Tensor, state: Prior) -> Tensor:
         """Ranking score [B, N], fp32, of tokens [B, N, C]."""
-        matches = self.association(tokens, state).argmax(dim=2)
+        matches = selection.most_similar(self.association(tokens, state), self.column_distance.shape[0])
         return self.smooth(selection.gather_tokens(selection.keep_score(state.keep_logits), matches))
 
 

@@ -83,20 +83,17 @@ class MaskHead(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """Dense tokens [B, N, C] -> mask features [B, M, H / 8, W / 8]."""
-        rows, columns = self.patch_grid
-        x = self.upsample(self.norm(tokens)).unflatten(-1, (-1, 2, 2)).unflatten(1, (rows, columns))
-        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, h, w, M, 2, 2] -> [B, M, 2h, 2w]
+        x = self.upsample(self.norm(tokens)).transpose(1, 2).unflatten(2, self.patch_grid)  # [B, 4M, h, w]
+        x = nn.functional.pixel_shuffle(x, 2)  # [B, 4M, h, w] -> [B, M, 2h, 2w]
         return x + self.refine(nn.functional.gelu(x))
 
     def forward(self, tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Dense tokens [B, N, C] and queries [B, Q, C] -> class logits, mask logits."""
         queries = self.norm(queries)
         features = self.features(tokens)
-        height, width = features.shape[2:]
         kernels = self.kernels(queries).unflatten(-1, (4, -1)).flatten(1, 2)  # [B, Q * 4, M]
-        logits = (kernels @ features.flatten(2)).unflatten(1, (-1, 4)).unflatten(-1, (height, width))
-        logits = nn.functional.pixel_shuffle(logits.flatten(0, 1), 2).flatten(0, 1).unflatten(0, (-1, queries.shape[1]))
-        return self.classify(queries), logits
+        logits = (kernels @ features.flatten(2)).unflatten(2, features.shape[2:])  # [B, Q * 4, 2h, 2w]
+        return self.classify(queries), nn.functional.pixel_shuffle(logits, 2)
 
 
 class ExitAdapter(nn.Module):

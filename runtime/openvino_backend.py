@@ -15,7 +15,7 @@ from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.machine import available_cores
 from runtime.manifest import GraphSpec
 from runtime.openvino_core import DEVICE, computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, replace_arg_max
+from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -78,10 +78,9 @@ class OpenVinoEngine:
 
             model = self._read()
             try:
-                maxima = replace_arg_max(model)
                 join_deformable_attention(model, self.report.threads or available_cores(), self.failures)
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
-                    keep_fp32(self._core, model, maxima)
+                    keep_fp32(self._core, model)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})
                 if budget is not None:
                     fix_budget(model, budget)

@@ -1,4 +1,4 @@
-"""What OpenVINO leaves to us: arg max without a sort, fp32 amid bf16, a fixed budget."""
+"""What OpenVINO leaves to us: fp32 amid bf16, and a fixed budget."""
 
 from __future__ import annotations
 
@@ -41,54 +41,22 @@ _PRECISE_RELU = """
 """
 
 
-def replace_arg_max(model: ov.Model) -> list[Node]:
-    """Find the first place of the largest value by comparing with it.
-
-    OpenVINO imports ArgMax as a TopK of 1, which sorts: 31 of 125 ms of ``vpp-eo-tiny`` in bf16 at 960 x 544, where
-    Map-SM has 2040 x 2040 similarities. A row with NaN, or with nothing above -inf, gives its last place.
-
-    Returns:
-        The maxima over the last axis that stand in their place; empty where the graph has no arg max.
-    """
-    from openvino import opset13 as ops
-
-    maxima = []
-    for node in model.get_ops():
-        if not _is_arg_max(node):
-            continue
-        values = node.input_value(0)
-        count = values.get_partial_shape()[-1].get_length()
-        last = ops.constant(np.array([-1], np.int64))
-        largest = ops.reduce_max(values, last, keep_dims=True)
-        places = ops.constant(np.arange(count, dtype=np.float32))  # exact below 2^24, and faster than integers
-        beyond = ops.constant(np.float32(count - 1))
-        found = ops.select(ops.equal(values, largest), places, beyond)
-        first = ops.reduce_min(found, last, keep_dims=True)
-        node.output(1).replace(ops.convert(first, node.get_output_element_type(1).to_string()).output(0))
-        maxima.append(largest)
-    return maxima
-
-
-def keep_fp32(core: ov.Core, model: ov.Model, maxima: Iterable[Node]) -> int:
+def keep_fp32(core: ov.Core, model: ov.Model) -> int:
     """Mark what is not to be computed in bf16, for a model that otherwise is.
 
     Map-SM's product, the scores and what ranks them; and where a map is sampled: a place is a number in [-1, 1] that
     bf16 rounds to an eighth of a cell of a map of 60.
 
-    Args:
-        maxima: What :func:`replace_arg_max` gave.
-
     Returns:
         How many operators were marked.
     """
     marked: dict[str, Node] = {}
-    for largest in maxima:
-        similarities = largest.input_value(0).get_node()
-        products = _spread(marked, [similarities], _producers, _SOURCES)
+    for best in filter(_is_arg_max, model.get_ops()):
+        products = _spread(marked, [best.input_value(0).get_node()], _producers, _SOURCES)
         for product in (_with_transpose_inside(node) for node in products if node.get_type_name() == "MatMul"):
             _mark(marked, [product, *_producers(product)])
-        ranking: dict[str, Node] = {}  # from the similarities to the first stage's TopK
-        _spread(ranking, _consumers(similarities), _consumers, ("TopK",))
+        ranking: dict[str, Node] = {}  # from the place to the first stage's TopK
+        _spread(ranking, _consumers(best), _consumers, ("TopK",))
         _mark(marked, ranking.values())
         for node in ranking.values():
             _spread(marked, _producers(node), _producers, _SOURCES)

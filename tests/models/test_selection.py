@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,18 @@ def test_association_survives_products_beyond_float16():
     tokens = torch.full((1, 2, 64), 60.0, dtype=torch.float16)  # 64 * 60 * 60 is 3.5 times the largest float16
     logits = selection.association_logits(tokens, tokens, torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, 2))
     assert torch.equal(logits, torch.full((1, 2, 2), 230400.0))
+
+
+@given(
+    batch=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 5), values=st.integers(1, 40),
+    kept=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_most_similar_is_the_first_place_of_the_largest(batch, rows, columns, values, kept, seed):
+    rng = np.random.default_rng(seed)
+    association = rng.integers(-values, values, (batch, rows * columns, rows * columns)).astype(np.float32)  # with ties
+    association[np.broadcast_to(rng.random((batch, 1, rows * columns)) > kept, association.shape)] = -np.inf
+    found = selection.most_similar(torch.from_numpy(association), columns)
+    np.testing.assert_array_equal(found.numpy(), association.argmax(2))
 
 
 @pytest.mark.parametrize("seed", range(4))
