@@ -20,7 +20,7 @@ from benchmarks.accuracy import export_plain, prepared, run_row
 from benchmarks.speed import machine
 from export.onnx_graph import export_graph
 from models.checkpoints import load_checkpoint
-from models.pruned_host import MapSelector, Prior, Selection
+from models.pruned_host import MapSelector, Selection
 from models.training.average_precision import paired_bootstrap
 from models.training.evaluate import YouTubeVisSet
 from models.training.sparse_step import GUMBEL_SCALE
@@ -38,18 +38,18 @@ def gumbel(like: Tensor) -> Tensor:
 class NoisyMapSelector(MapSelector):
     """Map-SM that takes the most similar token of noisy similarities."""
 
-    def association(self, tokens: Tensor, state: Prior) -> Tensor:
+    def similarity(self, tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
         """As :class:`MapSelector`, with noise."""
-        logits = super().association(tokens, state)
+        logits = super().similarity(tokens, keys, kept, bias)
         return logits + gumbel(logits)
 
 
 class NoisyVppEo(VppEo):
     """The network with the published noise on every decision."""
 
-    def stage_scores(self, stage: int, tokens: Tensor, state: State) -> Tensor:
+    def stage_scores(self, stage: int, tokens: Tensor, state: State, token_budget: Tensor | None = None) -> Tensor:
         """As :class:`VppEo`; noise on both logits is the difference of two draws on their difference."""
-        scores = super().stage_scores(stage, tokens, state)
+        scores = super().stage_scores(stage, tokens, state, token_budget)
         return scores + gumbel(scores) - gumbel(scores)
 
 

@@ -104,19 +104,36 @@ class MapSelector(nn.Module):
             self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
             self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, radius), persistent=False)
 
+    def similarity(self, tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
+        """Association logits fp32 [B, K, N], see :func:`models.selection.association_logits`."""
+        return selection.association_logits(tokens, keys, kept, bias)
+
     def association(self, tokens: Tensor, state: Prior) -> Tensor:
         """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
-        bias = selection.distance_bias(self.row_distance, self.column_distance)
-        return selection.association_logits(tokens, state.keys, state.kept, bias)
+        return self.similarity(tokens, state.keys, state.kept, self._bias()).transpose(1, 2)
+
+    def _bias(self) -> Tensor:
+        return selection.distance_bias(self.row_distance, self.column_distance)
 
     def smooth(self, scores: Tensor) -> Tensor:
         """Mean of the scores [B, N] over a window of patches."""
         return selection.smooth_scores(scores, self.row_pool, self.column_pool)
 
-    def forward(self, tokens: Tensor, state: Prior) -> Tensor:
-        """Ranking score [B, N], fp32, of tokens [B, N, C]."""
-        matches = selection.most_similar(self.association(tokens, state), self.column_distance.shape[0])
-        return self.smooth(selection.gather_tokens(selection.keep_score(state.keep_logits), matches))
+    def forward(self, tokens: Tensor, state: Prior, key_rows: int | None = None) -> Tensor:
+        """Ranking score [B, N], fp32, of tokens [B, N, C].
+
+        Args:
+            key_rows: Rows of patches that hold as many tokens as were kept, or more: only so many keys are compared
+                with, which changes nothing. If more were kept, those that score highest. None: all N.
+        """
+        columns = self.column_distance.shape[0]
+        keys, kept, scores, bias = state.keys, state.kept, selection.keep_score(state.keep_logits), self._bias()
+        if key_rows is not None:
+            chosen = selection.top_tokens(torch.where(kept, scores, float("-inf")), key_rows * columns)
+            keys, kept, scores = (selection.gather_tokens(x, chosen) for x in (keys, kept, scores))
+            bias = bias.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)  # [B, K, N]
+        matches = selection.most_similar(self.similarity(tokens, keys, kept, bias), columns)
+        return self.smooth(selection.gather_tokens(scores, matches))
 
 
 class PrunedHost(nn.Module):
@@ -132,6 +149,9 @@ class PrunedHost(nn.Module):
         host_state: Fields that the program around the graph writes between two frames, each with the output that it
             takes them from, or None.
         has_inner_decisions: The network decides about more than tokens, so that rounding may show beyond itself.
+        compares_all: Map-SM compares with all N patches of the frame before, as published. False in use: with as many
+            as the budget keeps at the prior block. That finds the same, except in the frame after the budget was
+            lowered, which compares with those that scored highest.
         inner_margin: Where those decisions cut instead of at 0, over the largest value; 0 in use. A parity check moves
             it a little to see how far near-ties carry.
     """
@@ -141,6 +161,7 @@ class PrunedHost(nn.Module):
     dense_state: ClassVar[tuple[str, ...]]
     host_state: ClassVar[dict[str, str | None]] = {}
     has_inner_decisions: ClassVar[bool] = False
+    compares_all: bool = False
     inner_margin: float = 0.0
     config: Any
     patch_grid: tuple[int, int]
@@ -196,10 +217,15 @@ class PrunedHost(nn.Module):
         """The next state as a tracker might hand it on, for checks of a graph; the same where the graph writes all."""
         return state
 
-    def stage_scores(self, stage: int, tokens: Tensor, state: Prior) -> Tensor:
-        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
+    def stage_scores(self, stage: int, tokens: Tensor, state: Prior, token_budget: Tensor | None = None) -> Tensor:
+        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from.
+
+        Args:
+            token_budget: int64 [stages], where all stages keep to it: Map-SM then compares with no more tokens of the
+                frame before than this one keeps at the prior block, see :attr:`compares_all`.
+        """
         if stage == 0:
-            return self.map_selector(tokens, state)
+            return self.map_selector(tokens, state, self._key_rows(token_budget))
         return selection.keep_score(self.selectors[stage - 1](tokens))
 
     def association(self, tokens: Tensor, state: Prior) -> Tensor | None:
@@ -214,6 +240,14 @@ class PrunedHost(nn.Module):
             return selection.kept_tokens(scores)
         assert token_budget is not None
         return selection.top_tokens(scores, count_of(token_budget[stage], subset.tokens.shape[1]))
+
+    def _key_rows(self, token_budget: Tensor | None) -> int | None:
+        """Rows of the patch grid that hold the tokens which this budget keeps at the prior block; None: all rows."""
+        kept_at_reset = self.config.prior_stage < self.budget_rule.reset_stages  # then a first frame keeps all there
+        if token_budget is None or kept_at_reset or self.compares_all:
+            return None
+        rows, columns = self.patch_grid
+        return count_of((token_budget[self.config.prior_stage] + columns - 1) // columns, rows)
 
     def prior(self, subset: TokenSubset) -> tuple[Tensor, Tensor]:
         """Keep logits [B, N, 2] and kept tokens bool [B, N] for the next frame, from the tokens at the prior block."""

@@ -231,10 +231,10 @@ class VppEo(PrunedHost):
         """Map-SM's similarities, None where another selector scores."""
         return super().association(tokens, state) if self.config.selector == "vpp" else None
 
-    def stage_scores(self, stage: int, tokens: Tensor, state: State) -> Tensor:
-        """Ranking score fp32 [B, K] of the tokens [B, K, C] that stage ``stage`` chooses from."""
+    def stage_scores(self, stage: int, tokens: Tensor, state: State, token_budget: Tensor | None = None) -> Tensor:
+        """As :meth:`models.pruned_host.PrunedHost.stage_scores`, for every selector."""
         if self.config.selector == "vpp":
-            return super().stage_scores(stage, tokens, state)
+            return super().stage_scores(stage, tokens, state, token_budget)
         return self.selector.stage_scores(stage, tokens)
 
     def ranking(self, tokens: Tensor, state: State, token_budget: Tensor | None) -> Ranking:
@@ -248,10 +248,12 @@ class VppEo(PrunedHost):
         none = torch.zeros_like(state.age, dtype=torch.bool)
         return Ranking(scores, selection.scatter_tokens(none, oldest, torch.ones_like(oldest, dtype=torch.bool)))
 
-    def ranked(self, stage: int, subset: TokenSubset, state: State, ranking: Ranking) -> Tensor:
+    def ranked(
+        self, stage: int, subset: TokenSubset, state: State, ranking: Ranking, token_budget: Tensor | None
+    ) -> Tensor:
         """Scores fp32 [B, K] of the subset's tokens, infinite for those that have to stay."""
         if ranking.scores is None:
-            scores = self.stage_scores(stage, subset.tokens, state)
+            scores = self.stage_scores(stage, subset.tokens, state, token_budget)
         else:
             scores = subset.take(ranking.scores)
         if ranking.refreshed is None:
@@ -304,6 +306,7 @@ class VppEo(PrunedHost):
         subset = TokenSubset.full(self.embed(image))
         keys, keep_logits, prior_kept, queries = state[:4]
         patches, ranking = self.patch_count, Ranking(None, None)
+        counts = token_budget if mode is Selection.BUDGET else None
 
         for number, block in enumerate(self.blocks):
             if number in config.stage_blocks and mode is not Selection.NONE:
@@ -313,7 +316,7 @@ class VppEo(PrunedHost):
                 if stage < config.first_stage:
                     subset = subset.keep_all(stage)
                 else:
-                    scores = self.ranked(stage, subset, state, ranking)
+                    scores = self.ranked(stage, subset, state, ranking, counts)
                     subset = subset.keep(self.choose(stage, subset, scores, token_budget, mode), stage)
                 patches = subset.tokens.shape[1]
             tokens = torch.cat([subset.tokens, queries], dim=1) if number >= config.query_block else subset.tokens

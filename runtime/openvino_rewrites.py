@@ -15,6 +15,7 @@ Node = Any  # openvino.Node has no stubs
 
 BUDGET = "token_budget"  # the input
 _VALUES = ("Parameter", "Constant")
+_MOVES = ("Concat", "Gather", "Reshape", "Transpose", "Unsqueeze")
 _SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
 # One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
 _PRECISE_RELU = """
@@ -54,7 +55,7 @@ def keep_fp32(core: ov.Core, model: ov.Model) -> int:
     for best in filter(_is_arg_max, model.get_ops()):
         products = _spread(marked, [best.input_value(0).get_node()], _producers, _SOURCES)
         for product in (_with_transpose_inside(node) for node in products if node.get_type_name() == "MatMul"):
-            _mark(marked, [product, *_producers(product)])
+            _mark(marked, [product, *(mover for factor in _producers(product) for mover in _movers(factor))])
         ranking: dict[str, Node] = {}  # from the place to the first stage's TopK
         _spread(ranking, _consumers(best), _consumers, ("TopK",))
         _mark(marked, ranking.values())
@@ -126,19 +127,19 @@ def _consumers(node: Node) -> list[Node]:
     return [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
 
 
+def _movers(node: Node) -> list[Node]:
+    """The operator and those before it, as far as they only move values."""
+    if node.get_type_name() not in _MOVES:
+        return []
+    return [node, *(mover for producer in _producers(node) for mover in _movers(producer))]
+
+
 def _is_arg_max(node: Node) -> bool:
-    """A TopK of one along the last axis whose value nobody reads."""
+    """A TopK of one whose value nobody reads."""
     if node.get_type_name() != "TopK" or node.output(0).get_target_inputs():
         return False
-    count, shape = node.input_value(1).get_node(), node.get_input_partial_shape(0)
-    attributes = node.get_attributes()
-    return (
-        count.get_type_name() == "Constant"
-        and int(count.get_data().item()) == 1
-        and attributes["mode"] == "max"
-        and attributes["axis"] in (-1, len(shape) - 1)
-        and shape[-1].is_static
-    )
+    count, mode = node.input_value(1).get_node(), node.get_attributes()["mode"]
+    return mode == "max" and count.get_type_name() == "Constant" and int(count.get_data().item()) == 1
 
 
 @lru_cache(maxsize=1)

@@ -170,13 +170,14 @@ class VppRovis(PrunedHost):
         x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self._positions()
         subset = TokenSubset.full(x)
         keys, keep_logits, kept = state.keys, state.keep_logits, state.kept
+        counts = token_budget if mode is Selection.BUDGET else None
         for interaction, numbers in zip(self.interactions, config.interactions, strict=True):
             subset = _with_all(subset, interaction.injector(subset.merged(), side))
             for number in numbers:
                 if number in config.stage_blocks and mode is not Selection.NONE:
                     stage = config.stage_blocks.index(number)
                     keys = subset.tokens if stage == 0 else keys
-                    scores = self.stage_scores(stage, subset.tokens, state)
+                    scores = self.stage_scores(stage, subset.tokens, state, counts)
                     subset = subset.keep(self.choose(stage, subset, scores, token_budget, mode), stage)
                 subset = subset.updated(self.blocks[number](subset.tokens))
             x = subset.merged()

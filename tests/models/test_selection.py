@@ -109,8 +109,8 @@ def test_association_is_raw_products_plus_distance_over_kept_keys(dtype):
     for b in range(2):
         for i in range(12):
             for j in range(12):
-                want = float(tokens[b, i].double() @ keys[b, j].double()) + float(bias[i, j])
-                assert got[b, i, j].item() == pytest.approx(want if kept[b, j] else -math.inf, rel=1e-4, abs=1e-4)
+                want = float(tokens[b, i].double() @ keys[b, j].double()) + float(bias[j, i])
+                assert got[b, j, i].item() == pytest.approx(want if kept[b, j] else -math.inf, rel=1e-4, abs=1e-4)
 
 
 def test_association_survives_products_beyond_float16():
@@ -120,15 +120,41 @@ def test_association_survives_products_beyond_float16():
 
 
 @given(
-    batch=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 5), values=st.integers(1, 40),
-    kept=st.floats(0, 1), seed=st.integers(0, 99),
+    batch=st.integers(1, 3), groups=st.integers(1, 5), size=st.integers(1, 5), tokens=st.integers(1, 9),
+    values=st.integers(1, 40), kept=st.floats(0, 1), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_most_similar_is_the_first_place_of_the_largest(batch, rows, columns, values, kept, seed):
-    rng = np.random.default_rng(seed)
-    association = rng.integers(-values, values, (batch, rows * columns, rows * columns)).astype(np.float32)  # with ties
-    association[np.broadcast_to(rng.random((batch, 1, rows * columns)) > kept, association.shape)] = -np.inf
-    found = selection.most_similar(torch.from_numpy(association), columns)
-    np.testing.assert_array_equal(found.numpy(), association.argmax(2))
+def test_most_similar_is_the_first_place_of_the_largest(batch, groups, size, tokens, values, kept, seed):
+    rng, keys = np.random.default_rng(seed), groups * size
+    association = rng.integers(-values, values, (batch, keys, tokens)).astype(np.float32)  # with ties
+    association[rng.random((batch, keys)) > kept] = -np.inf
+    found = selection.most_similar(torch.from_numpy(association), size)
+    np.testing.assert_array_equal(found.numpy(), association.argmax(1))
+
+
+def some_state(share, seed=0):
+    """A selector on 9 x 16 patches, tokens of two pictures, and a prior with a share of the keys kept."""
+    torch.manual_seed(seed)
+    selector = MapSelector(32, (9, 16))
+    keys, logits = random(2, 144, 32, seed=seed), random(2, 144, 2, seed=seed + 1)
+    kept = torch.rand(2, 144, generator=torch.Generator().manual_seed(seed)) < share
+    return selector, keys + 0.1 * random(2, 144, 32, seed=seed + 2), State(keys, logits, kept, torch.zeros(2, 1, 32))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.05, 0.0])
+def test_keys_that_were_kept_are_enough(share):
+    selector, tokens, state = some_state(share)
+    enough = max(1, math.ceil(int(state.kept.sum(1).max()) / 16))
+    want = selector(tokens, state)
+    for key_rows in {enough, 9}:
+        assert torch.equal(selector(tokens, state, key_rows), want)
+
+
+@pytest.mark.parametrize("key_rows", [1, 3])
+def test_of_too_many_keys_those_that_score_highest_are_compared_with(key_rows):
+    selector, tokens, state = some_state(0.8)
+    scores = torch.where(state.kept, selection.keep_score(state.keep_logits), -math.inf)
+    best = scores >= scores.sort(dim=1, descending=True).values[:, [16 * key_rows - 1]]
+    assert torch.equal(selector(tokens, state, key_rows), selector(tokens, state._replace(kept=best)))
 
 
 @pytest.mark.parametrize("seed", range(4))

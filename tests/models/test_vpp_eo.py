@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import selection
 from models.configs import CONFIGS, config_by_name
 from models.pruned_host import Selection
 from models.vpp_eo import State, VppEo, patch_grid
@@ -185,6 +187,35 @@ def test_kept_tokens_depend_on_the_frame_before(model):
     assert torch.equal(kept(state._replace(queries=state.queries + 1.0)), usual), "queries carry no prior"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_map_sm_compares_with_the_tokens_kept_and_finds_the_same(batch, monkeypatch):
+    """Fewer keys than patches, and the same answer, also in the frame after the budget was raised."""
+    model, compared, images = micro(), [], frames(4, batch)
+
+    def stream():
+        (_, state), *_ = run(model, images[:1], BUDGET)
+        for image, budget in zip(images[1:], (BUDGET, BUDGET, (50, 45, 20, 10)), strict=True):
+            outputs, state = model(image, state, tensor(budget))
+            yield outputs, state
+
+    plain = selection.association_logits
+
+    def noting(tokens, keys, kept, bias):
+        compared.append(keys.shape[1])
+        return plain(tokens, keys, kept, bias)
+
+    monkeypatch.setattr(selection, "association_logits", noting)
+    few = list(stream())
+    model.compares_all = True
+    every = list(stream())
+    columns, (start, after) = model.patch_grid[1], (compared[:4], compared[4:])
+    assert start == [columns * math.ceil(count / columns) for count in (BUDGET[1], BUDGET[1], BUDGET[1], 45)]
+    assert after == [PATCHES] * 4 and max(start) < PATCHES
+    for (got, state), (want, plain_state) in zip(few, every, strict=True):
+        assert_same(got, want)
+        assert_same(state, plain_state)
+
+
 def test_pruned_keys_are_never_matched(model):
     """Whatever stands where the frame before pruned has no influence."""
     images = frames(2)
@@ -297,6 +328,7 @@ def test_threshold_keeps_the_tokens_that_score_0_or_more():
 def test_threshold_picks_the_same_tokens_as_a_budget_of_its_counts():
     """A budget equal to the counts of the threshold keeps the same tokens: both rank by one score."""
     model, images = decide(micro(), 3, (0.3, -0.3)), frames(2)  # some tokens are left at the end
+    model.compares_all = True  # the counts of the second frame are lower
     state = model.initial_state(1)
     for t, image in enumerate(images):
         first = PATCHES if t == 0 else BUDGET[0]

@@ -80,8 +80,9 @@ def test_plain_formulation_gives_the_reference_vectors(vectors):
 
 
 @pytest.mark.parametrize("mode", [Selection.THRESHOLD, Selection.BUDGET])
-def test_every_frame_equals_the_published_one(vectors, micro, mode):
-    """In budget mode K is what the published thresholds kept."""
+def test_every_frame_equals_the_published_one(vectors, micro, mode, monkeypatch):
+    """In budget mode K is what the published thresholds kept, sometimes less than in the frame before."""
+    monkeypatch.setattr(micro, "compares_all", True)
     state = micro.initial_state(1)
     for t in range(FRAMES):
         counts = torch.from_numpy(vectors[f"t{t}.kept"].sum(1)[[1, 3, 6, 9]])

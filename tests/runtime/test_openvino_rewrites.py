@@ -12,25 +12,29 @@ pytest.importorskip("openvino")
 has_bf16 = pytest.mark.skipif(not computes_in_bf16(), reason="this CPU has no bf16")
 
 
-def precision_of_map_sm(bundle, *, keep: bool) -> str:
-    """What Map-SM's product runs in where bf16 is asked for; others have to run in bf16."""
+def precisions(bundle, *, keep: bool) -> dict[str, set[str]]:
+    """What runs in what where bf16 is asked for: Map-SM, from its keys to the places found, and all products."""
     core = openvino_core()
     model = core.read_model(str(bundle.path(bundle.manifest.graph)))
     if keep:
         assert keep_fp32(core, model) > 10
     model.reshape({spec.name: list(spec.shape_for(1)) for spec in bundle.manifest.graph.inputs})
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
-    products = {}
+    found: dict[str, set[str]] = {"products": set()}
     for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
-        if info["layerType"].astype(str) in ("MatMul", "FullyConnected"):
-            products[str(node.get_output_partial_shape(0))] = info["runtimePrecision"].astype(str)
-    assert "bf16" in products.values()
-    patches = bundle.manifest.patch_count
-    return products[f"[1,{patches},{patches}]"]
+        info = {name: value.astype(str) for name, value in node.get_rt_info().items()}
+        kind, precision = info["layerType"], info["runtimePrecision"]
+        if kind in ("MatMul", "FullyConnected"):
+            found["products"].add(precision)
+        if "map_selector/" in info["originalLayersNames"] and "predictor" not in info["originalLayersNames"]:
+            found.setdefault(kind, set()).add(precision)
+    return found
 
 
 @has_bf16
 def test_in_bf16_map_sm_stays_fp32_and_the_masks_do_not(micro):
-    assert precision_of_map_sm(micro, keep=False) == "bf16"
-    assert precision_of_map_sm(micro, keep=True) == "f32"
+    rounded, kept = precisions(micro, keep=False), precisions(micro, keep=True)
+    assert "bf16" in rounded["products"] and "bf16" in kept["products"]
+    assert "bf16" in rounded["MatMul"]
+    for kind in ("MatMul", "Concatenation", "Reduce", "TopK", "GatherElements"):
+        assert kept[kind] - {"i32"} == {"f32"}, kind
