@@ -94,7 +94,8 @@ def most_similar(association: Tensor, size: int) -> Tensor:
     """First place of the largest value of each column, int64 [B, N], from ``association`` [B, K, N].
 
     Found group by group: the largest value of each, the first group that has the largest of all, then its place there.
-    All runtimes read K x N values faster for their maximum than for its place.
+    ONNX Runtime reads K x N values in a third of the time for their maximum that it takes for its place; OpenVINO
+    and TensorRT import an arg max as a TopK.
 
     Args:
         size: Keys in a group; divides K.
