@@ -82,21 +82,17 @@ class MaskHead(nn.Module):
         self.classify = nn.Linear(dim, len(config.classes) + 1)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """Dense tokens [B, N, C] -> mask features [B, H / 8, W / 8, M]: channels last, so that whole pixels move."""
-        upsample = self.upsample.weight, self.upsample.bias  # rows are [M, 2, 2], here [2, 2, M]
-        weight, bias = (values.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1) for values in upsample)
-        x = nn.functional.linear(self.norm(tokens), weight, bias).unflatten(2, (2, 2, -1)).unflatten(1, self.patch_grid)
-        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, h, w, 2, 2, M] -> [B, 2h, 2w, M]
-        refined = self.refine(nn.functional.gelu(x).permute(0, 3, 1, 2))  # [B, 2h, 2w, M] -> [B, M, 2h, 2w]
-        return x + refined.permute(0, 2, 3, 1)
+        """Dense tokens [B, N, C] -> mask features [B, M, H / 8, W / 8]."""
+        x = self.upsample(self.norm(tokens)).transpose(1, 2).unflatten(2, self.patch_grid)  # [B, 4M, h, w]
+        x = nn.functional.pixel_shuffle(x, 2)  # [B, 4M, h, w] -> [B, M, 2h, 2w]
+        return x + self.refine(nn.functional.gelu(x))
 
     def forward(self, tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Dense tokens [B, N, C] and queries [B, Q, C] -> class logits, mask logits."""
         queries = self.norm(queries)
         features = self.features(tokens)
         kernels = self.kernels(queries).unflatten(-1, (4, -1)).flatten(1, 2)  # [B, Q * 4, M]
-        logits = kernels @ features.flatten(1, 2).transpose(1, 2)  # [B, Q * 4, 2h * 2w]
-        logits = logits.unflatten(2, features.shape[1:3])
+        logits = (kernels @ features.flatten(2)).unflatten(2, features.shape[2:])  # [B, Q * 4, 2h, 2w]
         return self.classify(queries), nn.functional.pixel_shuffle(logits, 2)
 
 
