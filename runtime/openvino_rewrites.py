@@ -46,7 +46,8 @@ def keep_fp32(core: ov.Core, model: ov.Model) -> int:
     """Mark what is not to be computed in bf16, for a model that otherwise is.
 
     Map-SM's product, the scores and what ranks them; and where a map is sampled: a place is a number in [-1, 1] that
-    bf16 rounds to an eighth of a cell of a map of 60.
+    bf16 rounds to an eighth of a cell of a map of 60. OpenVINO still rounds the score of a token of the frame before,
+    the difference of its two logits: it takes no heed of the mark there.
 
     Returns:
         How many operators were marked.
