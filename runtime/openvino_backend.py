@@ -31,8 +31,9 @@ class OpenVinoEngine:
 
     Args:
         threads: Threads of one step; 0 takes OpenVINO's default, the number of physical cores.
-        precision: ``fp32``, or ``bf16`` on a CPU that computes in it. Map-SM's product, all scores and the places where
-            maps are sampled stay fp32, see :mod:`runtime.openvino_rewrites`; what they are made of does not.
+        precision: ``fp32``, or ``bf16`` on a CPU that computes in it. Map-SM's product, scores and the places where
+            maps are sampled stay fp32, but for what :func:`runtime.openvino_rewrites.keep_fp32` names; what they are
+            made of does not.
         count_layers: Note the time of every node, see :meth:`OpenVinoBuffers.layer_counters`; slower.
 
     Raises:
