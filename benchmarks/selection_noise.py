@@ -38,9 +38,9 @@ def gumbel(like: Tensor) -> Tensor:
 class NoisyMapSelector(MapSelector):
     """Map-SM that takes the most similar token of noisy similarities."""
 
-    def similarity(self, tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
+    def similarity(self, tokens: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
         """As :class:`MapSelector`, with noise."""
-        logits = super().similarity(tokens, keys, kept, bias)
+        logits = super().similarity(tokens, keys, bias)
         return logits + gumbel(logits)
 
 

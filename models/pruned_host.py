@@ -90,8 +90,8 @@ class MapSelector(nn.Module):
     token are carried instead of C.
     """
 
-    row_distance: Tensor
-    column_distance: Tensor
+    distance_table: Tensor
+    distance_rows: Tensor
     row_pool: Tensor
     column_pool: Tensor
 
@@ -100,20 +100,19 @@ class MapSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.predictor = KeepPredictor(dim, dim // 2 if hidden is None else hidden)
+        self.register_buffer("distance_table", selection.distance_table(patch_grid), persistent=False)
+        self.register_buffer("distance_rows", selection.distance_rows(patch_grid), persistent=False)
         for name, size in zip(("row", "column"), patch_grid, strict=True):
-            self.register_buffer(f"{name}_distance", selection.axis_distance(size), persistent=False)
             self.register_buffer(f"{name}_pool", selection.mean_pool_matrix(size, radius), persistent=False)
 
-    def similarity(self, tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
+    def similarity(self, tokens: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
         """Association logits fp32 [B, K, N], see :func:`models.selection.association_logits`."""
-        return selection.association_logits(tokens, keys, kept, bias)
+        return selection.association_logits(tokens, keys, bias)
 
     def association(self, tokens: Tensor, state: Prior) -> Tensor:
         """Association logits fp32 [B, N, N] of the tokens with those of the frame before."""
-        return self.similarity(tokens, state.keys, state.kept, self._bias()).transpose(1, 2)
-
-    def _bias(self) -> Tensor:
-        return selection.distance_bias(self.row_distance, self.column_distance)
+        bias = selection.distance_bias(self.distance_table, self.distance_rows, state.kept)
+        return self.similarity(tokens, state.keys, bias).transpose(1, 2)
 
     def smooth(self, scores: Tensor) -> Tensor:
         """Mean of the scores [B, N] over a window of patches."""
@@ -126,13 +125,14 @@ class MapSelector(nn.Module):
             key_rows: Rows of patches that hold as many tokens as were kept, or more: only so many keys are compared
                 with, which changes nothing. If more were kept, those that score highest. None: all N.
         """
-        columns = self.column_distance.shape[0]
-        keys, kept, scores, bias = state.keys, state.kept, selection.keep_score(state.keep_logits), self._bias()
+        columns = self.distance_table.shape[1]
+        keys, kept, scores, rows = state.keys, state.kept, selection.keep_score(state.keep_logits), self.distance_rows
         if key_rows is not None:
             chosen = selection.top_tokens(torch.where(kept, scores, float("-inf")), key_rows * columns)
             keys, kept, scores = (selection.gather_tokens(x, chosen) for x in (keys, kept, scores))
-            bias = bias.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)  # [B, K, N]
-        matches = selection.most_similar(self.similarity(tokens, keys, kept, bias), columns)
+            rows = rows.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)  # [B, K, h]
+        bias = selection.distance_bias(self.distance_table, rows, kept)
+        matches = selection.most_similar(self.similarity(tokens, keys, bias), columns)
         return self.smooth(selection.gather_tokens(scores, matches))
 
 

@@ -55,39 +55,50 @@ def scatter_tokens(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return x.flatten(0, 1).index_put((rows,), values.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
 
 
-def axis_distance(size: int) -> Tensor:
-    """|u_i - u_j| of ``size`` points evenly spaced over [0, 1], float [size, size]."""
-    points = torch.linspace(0.0, 1.0, size) if size > 1 else torch.zeros(1)
-    return (points[:, None] - points[None, :]).abs()
+def distance_table(patch_grid: tuple[int, int]) -> Tensor:
+    """Map-SM's distance term, each value once: float [h * w + 1, w] for a grid of h x w patches.
 
-
-def distance_bias(row_distance: Tensor, column_distance: Tensor) -> Tensor:
-    """Map-SM's distance term [N, N] from the distances along both axes, [rows, rows] and [columns, columns].
-
-    ``log10(10 * (2 - d) / 2 + 1e-6)`` with d the L1 distance in [0, 2]: 1 at the same place, -6 at opposite corners.
-    Built by broadcasting, so that a graph stores the two small matrices only.
+    ``log10(10 * (2 - d) / 2 + 1e-6)`` with d the L1 distance of two patches of a grid over [0, 1] x [0, 1]: 1 at the
+    same place, -6 at opposite corners. Row ``r * w + c`` is what column c has with every column of a row of patches
+    that is r rows away; the last is -inf.
     """
-    distance = row_distance[:, None, :, None] + column_distance[None, :, None, :]  # [h, w, h, w]
-    tokens = row_distance.shape[0] * column_distance.shape[0]
-    return (5.0 * (2.0 - distance) + 1e-6).log10().reshape(tokens, tokens)
+    rows, columns = (torch.arange(size) / max(size - 1, 1) for size in patch_grid)
+    distance = rows[:, None, None] + (columns[:, None] - columns).abs()  # [h, w, w]
+    table = (5.0 * (2.0 - distance) + 1e-6).log10().flatten(0, 1)
+    return torch.cat([table, torch.full_like(table[:1], float("-inf"))])
 
 
-def association_logits(tokens: Tensor, keys: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
-    """Similarity of keys of the frame before with every token, fp32 [B, K, N]; -inf for keys that were pruned.
+def distance_rows(patch_grid: tuple[int, int]) -> Tensor:
+    """Rows of :func:`distance_table` that together are the distance term of each patch, int64 [N, h]."""
+    rows, columns = (torch.arange(size) for size in patch_grid)
+    apart = (rows[:, None] - rows).abs()  # [h, h]
+    return (apart[:, None] * len(columns) + columns[:, None]).flatten(0, 1)
+
+
+def distance_bias(table: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    """Distance term of keys with every token, [B, K, N]; -inf for keys that were pruned.
+
+    Args:
+        table: :func:`distance_table`. A table of all pairs of patches has h times as many values, too many for the
+            caches that the network leaves it.
+        rows: :func:`distance_rows` of the keys, [K, h] or [B, K, h].
+        kept: Which of them were computed up to the prior, bool [B, K].
+    """
+    rows = torch.where(kept.unsqueeze(2), rows, table.shape[0] - 1)  # [B, K, h]
+    return table.index_select(0, rows.flatten()).reshape(*kept.shape, -1)
+
+
+def association_logits(tokens: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Similarity of keys of the frame before with every token, fp32 [B, K, N].
 
     Raw dot products: no projection, no scale, no normalisation (as published).
 
     Args:
         tokens: Tokens of frame t before the first pruned block, [B, N, C].
         keys: The same tokens of frame t-1, or some of them, [B, K, C].
-        kept: Which of them were computed up to the prior, bool [B, K].
-        bias: Their rows of :func:`distance_bias`, [K, N] or [B, K, N].
+        bias: Their :func:`distance_bias`, [B, K, N].
     """
-    pruned = torch.where(kept, 0.0, float("-inf")).unsqueeze(2)  # [B, K, 1]
-    # The mask rides along as one more channel, against ones: one pass less over K x N.
-    ones = torch.ones_like(tokens[..., :1], dtype=torch.float32)
-    similarity = torch.cat([keys.float(), pruned], dim=2) @ torch.cat([tokens.float(), ones], dim=2).transpose(1, 2)
-    return similarity + bias
+    return keys.float() @ tokens.float().transpose(1, 2) + bias
 
 
 def most_similar(association: Tensor, size: int) -> Tensor:

@@ -23,8 +23,8 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def distances(grid):
-    return selection.axis_distance(grid[0]), selection.axis_distance(grid[1])
+def distance_bias(grid, kept):
+    return selection.distance_bias(selection.distance_table(grid), selection.distance_rows(grid), kept)
 
 
 def published_scores(selector, tokens, keys, deep, kept, grid):
@@ -82,40 +82,45 @@ def test_score_is_the_fp32_difference(dtype):
 
 @pytest.mark.parametrize("grid", GRIDS[:4], ids=lambda grid: f"{grid[0]}x{grid[1]}")
 def test_distance_bias_equals_the_double_loop(grid):
-    got = selection.distance_bias(*distances(grid))
+    kept = torch.rand(2, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.7
+    got = distance_bias(grid, kept)
+    assert (got[~kept] == -math.inf).all()
     # log10 near 1e-6 magnifies the rounding of the distance: 1 ulp of 2 there is 0.1
-    want = direct_bias(grid).float()
-    near = want > -3
-    torch.testing.assert_close(got[near], want[near], rtol=1e-4, atol=1e-5)
-    assert (got[~near] < -3).all()
+    for bias, keys in zip(got, kept, strict=True):
+        want = direct_bias(grid).float()[keys]
+        near = want > -3
+        torch.testing.assert_close(bias[keys][near], want[near], rtol=1e-4, atol=1e-5)
+        assert (bias[keys][~near] < -3).all()
 
 
 def test_distance_bias_at_both_ends():
-    bias = selection.distance_bias(*distances((6, 10)))
+    (bias,) = distance_bias((6, 10), torch.ones(1, 60, dtype=torch.bool))
     torch.testing.assert_close(bias.diagonal(), torch.ones(60), rtol=0, atol=1e-6)
     assert bias[0, 59].item() == pytest.approx(-6, abs=0.05)
     assert bias[9, 50].item() == pytest.approx(-6, abs=0.05)
     assert bias.argmax(1).tolist() == list(range(60))
-    assert torch.equal(bias, bias.T)
+
+
+def test_distance_bias_of_some_keys_is_that_of_theirs():
+    grid, chosen = (6, 10), torch.tensor([[3, 59, 0], [41, 7, 12]])
+    rows, kept = selection.distance_rows(grid)[chosen], torch.tensor([[True, False, True], [True, True, True]])
+    got = selection.distance_bias(selection.distance_table(grid), rows, kept)
+    want = distance_bias(grid, torch.ones(1, 60, dtype=torch.bool))[0][chosen]
+    assert torch.equal(got, torch.where(kept[..., None], want, -math.inf))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_association_is_raw_products_plus_distance_over_kept_keys(dtype):
-    tokens, keys = random(2, 12, 8).to(dtype), random(2, 12, 8, seed=1).to(dtype)
-    kept = torch.tensor([[True, False] * 6, [False] * 4 + [True] * 8])
-    bias = random(12, 12, seed=2)
-    got = selection.association_logits(tokens, keys, kept, bias)
+def test_association_is_raw_products_plus_distance(dtype):
+    tokens, keys, bias = random(2, 12, 8).to(dtype), random(2, 5, 8, seed=1).to(dtype), random(2, 5, 12, seed=2)
+    got = selection.association_logits(tokens, keys, bias)
     assert got.dtype == torch.float32
-    for b in range(2):
-        for i in range(12):
-            for j in range(12):
-                want = float(tokens[b, i].double() @ keys[b, j].double()) + float(bias[j, i])
-                assert got[b, j, i].item() == pytest.approx(want if kept[b, j] else -math.inf, rel=1e-4, abs=1e-4)
+    want = torch.einsum("bkc,bnc->bkn", keys.double(), tokens.double()) + bias.double()
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_association_survives_products_beyond_float16():
     tokens = torch.full((1, 2, 64), 60.0, dtype=torch.float16)  # 64 * 60 * 60 is 3.5 times the largest float16
-    logits = selection.association_logits(tokens, tokens, torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, 2))
+    logits = selection.association_logits(tokens, tokens, torch.zeros(1, 2, 2))
     assert torch.equal(logits, torch.full((1, 2, 2), 230400.0))
 
 
