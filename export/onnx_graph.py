@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from export.node_names import name_by_module
@@ -109,6 +111,8 @@ def export_graph(model: PrunedHost, path: Path, selection: Selection, opset: int
             output_names=interface.output_names,
             verbose=False,
         )
+    optimizer.fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    optimizer.remove_unused_nodes(program.model)
     name_by_module(program.model)
     program.save(path, external_data=False)
     return graph_spec(model, path.name, interface)

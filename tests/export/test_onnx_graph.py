@@ -172,15 +172,19 @@ def test_checker_and_shape_inference_pass(bundle, which, request):
     assert [opset.version for opset in model.opset_import if not opset.domain] == [bundle.manifest.opset]
 
 
+@pytest.mark.parametrize("which", ["budget", "dense"])
+def test_weights_are_stored_as_they_are_used(bundle, which):
+    """Whatever is made of weights alone was computed at export: INT8 needs stored matrices, and no start needs time."""
+    graph = onnx.load(bundle.path({"budget": bundle.manifest.graph, "dense": bundle.manifest.baseline}[which])).graph
+    stored = {tensor.name for tensor in graph.initializer} | {""}
+    assert not [node.name for node in graph.node if node.input and stored.issuperset(node.input)]
+
+
 def test_dense_graph_selects_nothing(bundle):
     graph = onnx.load(bundle.path(bundle.manifest.baseline)).graph
     operators = {node.op_type for node in all_nodes(graph)}
-    assert not operators & {"TopK", "ArgMax", "NonZero", "GatherND", "GatherElements", "Where", "Range"}
+    assert not operators & {"TopK", "ArgMax", "NonZero", "Gather", "GatherND", "GatherElements", "Where", "Range"}
     assert not [operator for operator in operators if operator.startswith("Scatter")]
-    fixed = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for node in graph.node:  # what is left picks q, k and v out of one projection
-        if node.op_type == "Gather":
-            assert fixed[node.input[1]].ndim == 0, f"{node.name} gathers rows"
     assert not [value.name for value in graph.input if value.name == "token_budget"]
 
 
@@ -258,7 +262,7 @@ def test_one_file_serves_every_budget_and_batch(pairs, clips, first, second, bat
 
 def test_streams_of_a_batch_do_not_mix(pairs, clips):
     """What a stream gets in a batch of three is what it gets alone."""
-    budget = (42, 33, 26, 21)
+    budget = (42, 32, 26, 20)
     for pair in pairs.values():
         pair.buffers.reset()
     together = [pairs[3].step([clip[t] for clip in clips[:3]], (PATCHES, *budget[1:])) for t in range(2)]

@@ -156,7 +156,7 @@ def plain_block(block, x, heads):
 
 def plain_head(head, tokens, queries):
     """Transposed convolution to stride 8; then every pixel of a 2 x 2 cell at stride 4 with the kernel of its place."""
-    rows, columns = head.patch_grid
+    rows, columns = head.upsample.patch_grid
     weight = head.upsample.weight.unflatten(0, (-1, 2, 2)).permute(3, 0, 1, 2)  # [M * 4, C] -> [C, M, 2, 2]
     grid = head.norm(tokens).transpose(1, 2).unflatten(2, (rows, columns))
     bias = head.upsample.bias.unflatten(0, (-1, 2, 2)).repeat(1, rows, columns)
@@ -200,9 +200,9 @@ def test_map_sm_compares_with_the_tokens_kept_and_finds_the_same(batch, monkeypa
 
     plain = selection.association_logits
 
-    def noting(tokens, keys, kept, bias):
+    def noting(tokens, keys, bias):
         compared.append(keys.shape[1])
-        return plain(tokens, keys, kept, bias)
+        return plain(tokens, keys, bias)
 
     monkeypatch.setattr(selection, "association_logits", noting)
     few = list(stream())
