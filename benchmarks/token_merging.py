@@ -112,8 +112,7 @@ def attend_by_size(block: Block, x: Tensor, size: Tensor) -> tuple[Tensor, Tenso
         size: Patches in each of the first tokens, [B, P, 1].
     """
     attention = block.attn
-    qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
-    query, key, value = qkv[0], qkv[1], qkv[2]  # [B, heads, N, d]
+    query, key, value = attention.qkv(block.norm1(x))  # [B, heads, N, d]
     weight = F.pad(size.squeeze(2).log(), (0, x.shape[1] - size.shape[1]))[:, None, None, :]
     if torch.compiler.is_exporting():  # written out, as the host's own attention is
         out = (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3) + weight).softmax(-1) @ value

@@ -29,12 +29,15 @@ class LinearLayer:
 
 
 def linear_layers(index: GraphIndex, spec: GraphSpec) -> list[LinearLayer]:
-    """All of them in the order of the graph, without those that decide which tokens are kept."""
+    """All of them in the order of the graph, without those that decide which tokens are kept, or that read pixels.
+
+    Pixels are 0 to 255: symmetric codes would take one of their eight bits.
+    """
     ranking = ranking_nodes(index, spec)
     return [
         LinearLayer(module_of(node), node, node.input[0], node.input[1])
         for node in index.model.graph.node
-        if node.output[0] not in ranking and _is_linear(node, index)
+        if node.output[0] not in ranking and _is_linear(node, index) and not _is_image(node.input[0], index)
     ]
 
 
@@ -44,3 +47,10 @@ def _is_linear(node: NodeProto, index: GraphIndex) -> bool:
         return False
     weight = index.initializers.get(node.input[1])
     return weight is not None and len(weight.dims) == 2
+
+
+def _is_image(tensor: str, index: GraphIndex) -> bool:
+    """The graph's image, in another order or type."""
+    while (node := index.producers.get(tensor)) is not None and node.op_type in ("Cast", "Reshape", "Transpose"):
+        tensor = node.input[0]
+    return tensor == "image"

@@ -11,7 +11,8 @@ class PatchEmbed(nn.Module):
     """Linear embedding of square patches, straight from uint8 pixels.
 
     Normalisation ``(pixel / 255 - mean) / std`` is part of the weights (computed once, folded at export), so that
-    the graph's input is the camera's own bytes.
+    the graph's input is the camera's own bytes. A product with a matrix rather than the convolution that it equals:
+    it reads the patches in the order in which their bytes lie, so that only runs of ``3 * patch_size`` values move.
     """
 
     mean: Tensor
@@ -27,11 +28,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, H, W, 3], RGB -> float [B, N, C], row-major over the patch grid."""
+        size = self.proj.stride[0]
         weight = self.proj.weight / (255.0 * self.std).view(1, 3, 1, 1)
         bias = self.proj.bias - (self.proj.weight * (self.mean / self.std).view(1, 3, 1, 1)).sum((1, 2, 3))
-        pixels = image.to(weight.dtype).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]; TensorRT moves no bytes
-        x = F.conv2d(pixels, weight, bias, stride=self.proj.stride)
-        return x.flatten(2).transpose(1, 2)  # [B, C, h, w] -> [B, N, C]
+        pixels = image.to(weight.dtype).unflatten(1, (-1, size)).unflatten(3, (-1, size))  # [B, h, size, w, size, 3]
+        patches = pixels.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, N, size * size * 3]
+        return patches @ weight.permute(2, 3, 1, 0).flatten(0, 2) + bias
 
 
 def cosine_patches(patch_size: int, count: int) -> Tensor:
@@ -87,6 +89,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class QueryKeyValue(nn.Linear):
+    """Queries, keys and values of tokens; exported as three products, so that nothing has to be cut apart."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, 3 * dim)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, C] -> three tensors [B, heads, N, d]."""
+        if torch.compiler.is_exporting():
+            weights, biases = self.weight.unflatten(0, (3, -1)), self.bias.unflatten(0, (3, -1))
+            parts = tuple(F.linear(x, weights[part], biases[part]) for part in range(3))
+        else:
+            parts = super().forward(x).chunk(3, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens given."""
 
@@ -94,15 +114,13 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads cannot share a width of {dim} equally")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = QueryKeyValue(dim, heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C]; keys where the bool ``key_mask`` [B, N] is False are not attended to."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, 3C] -> [3, B, heads, N, d]
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        out = attend(qkv[0], qkv[1], qkv[2], mask)
+        out = attend(*self.qkv(x), mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, heads, N, d] -> [B, N, C]
 
 
