@@ -62,15 +62,21 @@ def stage_ratios(keep_ratio: float, first_stage: int = 0) -> tuple[float, ...]:
 
 
 def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0) -> tuple[int, ...]:
-    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down, at least 1.
+    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to an even number, at least 1.
+
+    Even, because OpenVINO cuts the rows of attention into equal pieces for its threads: with 599 tokens, a prime, a
+    step of vpp-eo-tiny took 3 to 5 % longer than with 598. A stage that drops none keeps an odd ``patch_count``.
 
     Raises:
         TokenBudgetError: ``keep_ratio`` is not in (0, 1].
 
     >>> token_budget(2040, 0.55), token_budget(2040, 1.0), token_budget(2, 0.1)
-    ((1428, 1142, 913, 730), (2040, 2040, 2040, 2040), (1, 1, 1, 1))
+    ((1428, 1142, 912, 730), (2040, 2040, 2040, 2040), (1, 1, 1, 1))
     """
-    counts = (max(1, math.floor(patch_count * ratio)) for ratio in stage_ratios(keep_ratio, first_stage))
+    counts = (
+        patch_count if ratio == 1.0 else max(1, math.floor(patch_count * ratio / 2) * 2)
+        for ratio in stage_ratios(keep_ratio, first_stage)
+    )
     return tuple(accumulate(counts, min))  # rounding in the ratios must not undo the nesting
 
 

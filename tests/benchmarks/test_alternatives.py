@@ -44,6 +44,6 @@ def test_all_rows_are_measured_and_written(tmp_path, monkeypatch, capsys):
     by_name = {row["name"]: row for row in result["rows"]}
     assert by_name["dense, onnxruntime"]["speed_up"] == 1.0
     ours, theirs = by_name["ours 0.55, onnxruntime"], by_name["ToMe at the work of 0.55, onnxruntime"]
-    assert ours["giga_macs"] <= theirs["giga_macs"] <= 1.05 * ours["giga_macs"]
+    assert ours["giga_macs"] <= theirs["giga_macs"] <= 1.05 * ours["giga_macs"] + 0.001  # three decimals of both
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in names)

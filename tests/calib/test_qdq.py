@@ -155,7 +155,7 @@ def lowered(fp32, fp32_graph, tmp_path_factory):
 def step(bundle, backend: str) -> dict[str, np.ndarray]:
     buffers = load_engine(bundle, backend=backend, threads=1).open_stream()
     buffers.image[:] = np.random.default_rng(0).integers(0, 256, buffers.image.shape, np.uint8)
-    return {name: np.array(value) for name, value in buffers.run((60, 33, 26, 21)).items()}
+    return {name: np.array(value) for name, value in buffers.run((60, 32, 26, 20)).items()}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -174,7 +174,7 @@ def test_profile_as_json(cli, micro_bundle, clip):
     profile = json.loads(cli("profile", micro_bundle, *options).check().out)
     assert [row["name"] for row in profile["rows"]] == ["dense", "keep 0.40", "keep 0.55", "keep 0.70", "keep 1.00"]
     assert profile["rows"][0]["speed_up"] == 1.0
-    assert profile["rows"][2]["token_budget"] == [42, 33, 26, 21]
+    assert profile["rows"][2]["token_budget"] == [42, 32, 26, 20]
     for row in profile["rows"]:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
     assert {"decode", "resize", "infer", "tracks", "masks", "overlay"} <= profile["stages_ms"].keys()
@@ -186,7 +186,7 @@ def test_profile_as_table_and_as_a_page(cli, micro_bundle, tmp_path):
     page = tmp_path / "report.html"
     out = cli("profile", micro_bundle, "--threads", 1, "--steps", 1, "--warm-up", 0, "--report", page).check().out
     assert re.search(r"dense\s+all, no selection.*1\.00x", out)
-    assert re.search(r"keep 0\.55\s+42 / 33 / 26 / 21", out)
+    assert re.search(r"keep 0\.55\s+42 / 32 / 26 / 20", out)
     assert re.search(r"Map-SM\s+0\.00", out) and "Ceiling of this machine" in out
     assert f"written: {page}" in out and "Map-SM" in page.read_text()
 
@@ -201,7 +201,7 @@ def test_run_writes_every_frame_the_same_each_time(cli, eager_bundle, clip, tmp_
         assert [f"written: {tmp_path / turn}.{suffix}" in out for suffix in ("mp4", "json", "jsonl")] == [True] * 3
     lines = lines_of(tmp_path / "a.jsonl")
     assert [line["frame_index"] for line in lines] == list(range(FRAMES))
-    assert [line["tokens_kept"] for line in lines] == [[60, 33, 26, 21]] + (FRAMES - 1) * [[42, 33, 26, 21]]
+    assert [line["tokens_kept"] for line in lines] == [[60, 32, 26, 20]] + (FRAMES - 1) * [[42, 32, 26, 20]]
     assert lines == lines_of(tmp_path / "b.jsonl")
     shown = pictures(tmp_path / "a.mp4")
     assert [picture.shape for picture in shown] == [(72, 128, 3)] * FRAMES

@@ -232,7 +232,7 @@ def test_keep_ratio_is_a_preset_of_its_own_name(quick_export, tmp_path):
     quick_export(tmp_path / "bundle", keep_ratio=0.554)
     manifest = load_bundle(tmp_path / "bundle").manifest
     assert manifest.default_preset == "0.554"
-    assert manifest.presets["0.55"] == (42, 33, 26, 21)
+    assert manifest.presets["0.55"] == (42, 32, 26, 20)
     quick_export(tmp_path / "bundle", keep_ratio=0.4)
     assert load_bundle(tmp_path / "bundle").manifest.default_preset == "0.40"
 

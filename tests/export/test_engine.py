@@ -32,7 +32,7 @@ from runtime.errors import BackendError, BackendUnavailableError, SinkError, Tok
 from runtime.tensorrt_library import import_tensorrt
 
 ROOT = Path(__file__).parents[2]
-USUAL = (42, 33, 26, 21)
+USUAL = (42, 32, 26, 20)
 ORIN = Gpu("Orin", "sm87")
 NEWEST, RTX = "tensorrt 11.4.0.106", "tensorrt-rtx 1.7.1.116"
 

@@ -73,7 +73,7 @@ def test_file_holds_the_whole_report(fake, micro_bundle, tmp_path):
     report = run_acceptance([micro_bundle], path, fake("one", "absent"))
     content = json.loads(path.read_text())
     assert content == json.loads(json.dumps(asdict(report))) and content["finished"]
-    assert content["bundles"][str(micro_bundle)]["presets"]["0.55"] == [42, 33, 26, 21]
+    assert content["bundles"][str(micro_bundle)]["presets"]["0.55"] == [42, 32, 26, 20]
     assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.json"]
 
 

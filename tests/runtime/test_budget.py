@@ -59,11 +59,12 @@ def test_schedule_is_linear_between_rows_and_scaled_below(keep_ratio):
 
 
 @given(patch_counts, keep_ratios)
-def test_budget_is_the_floor_of_the_share(patch_count, keep_ratio):
+def test_budget_is_the_largest_even_number_within_the_share(patch_count, keep_ratio):
     counts = token_budget(patch_count, keep_ratio)
     for count, ratio in zip(counts, stage_ratios(keep_ratio), strict=True):
+        share = int(patch_count * ratio // 1)
         assert type(count) is int
-        assert count == max(1, int(patch_count * ratio // 1))
+        assert count == (patch_count if ratio == 1.0 else max(1, share - share % 2))
 
 
 @given(patch_counts, keep_ratios)
@@ -83,9 +84,9 @@ def test_budget_grows_with_the_keep_ratio(patch_count, ratios):
     assert all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
-def test_published_counts():
-    assert token_budget(2040, 0.55) == (1428, 1142, 913, 730)
-    assert token_budget(2040, 0.40) == (1224, 856, 599, 420)
+def test_published_counts_made_even():
+    assert token_budget(2040, 0.55) == (1428, 1142, 912, 730)  # published: 913
+    assert token_budget(2040, 0.40) == (1224, 856, 598, 420)  # published: 599
 
 
 @pytest.mark.parametrize("patch_count", [1, 7, 60, 2040])
@@ -155,7 +156,7 @@ def test_stage_that_grows_is_named(budget, stage):
 def test_another_number_of_stages_is_refused_with_an_example(budget):
     with pytest.raises(TokenBudgetError, match=f"has {len(budget)} counts, the model selects at 4 stages") as caught:
         validate_budget(budget, 60, 4)
-    assert "42,33,26,21" in str(caught.value)  # floor of 60 * (0.70, 0.56, 0.448, 0.358)
+    assert "42,32,26,20" in str(caught.value)  # even numbers within 60 * (0.70, 0.56, 0.448, 0.358)
 
 
 @given(st.integers(1, 5000), st.lists(st.integers(1, 5000), min_size=4, max_size=4))
@@ -167,6 +168,6 @@ def test_reset_budget_keeps_all_at_stage_0_alone(patch_count, counts):
 
 
 def test_reset_budget_leaves_its_argument_alone():
-    counts = [42, 33, 26, 21]
-    assert reset_budget(counts, 60) == (60, 33, 26, 21)
-    assert counts == [42, 33, 26, 21]
+    counts = [42, 32, 26, 20]
+    assert reset_budget(counts, 60) == (60, 32, 26, 20)
+    assert counts == [42, 32, 26, 20]

@@ -49,7 +49,7 @@ with Stream(bundle, engine, keep_ratio=0.4) as stream:
     for t in range(3):
         print(*stream.step(picture, timestamp_s=t / 30).tokens_kept)
 """
-    assert run_blocked(code, micro_bundle).split("\n") == ["60 25 17 12", "36 25 17 12", "36 25 17 12", ""]
+    assert run_blocked(code, micro_bundle).split("\n") == ["60 24 16 12", "36 24 16 12", "36 24 16 12", ""]
 
 
 def test_doctor_answers_where_nothing_is_installed():

@@ -20,7 +20,7 @@ from runtime.onnxruntime_backend import OnnxRuntimeBuffers
 ort = pytest.importorskip("onnxruntime")
 
 ALL = (60, 60, 60, 60)
-BUDGETS = [(60, 33, 26, 21), (42, 33, 26, 21), (42, 33, 26, 21), (36, 25, 17, 12), (1, 1, 1, 1), ALL, (42, 33, 26, 21)]
+BUDGETS = [(60, 32, 26, 20), (42, 32, 26, 20), (42, 32, 26, 20), (36, 25, 17, 12), (1, 1, 1, 1), ALL, (42, 32, 26, 20)]
 
 
 class Plain:

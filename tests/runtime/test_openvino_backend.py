@@ -24,7 +24,7 @@ ov = pytest.importorskip("openvino")
 pytestmark = pytest.mark.slow
 
 ALL = (60, 60, 60, 60)
-BUDGETS = [(60, 33, 26, 21), (42, 33, 26, 21), (36, 25, 17, 12), (1, 1, 1, 1), ALL, (42, 33, 26, 21)]
+BUDGETS = [(60, 32, 26, 20), (42, 32, 26, 20), (36, 25, 17, 12), (1, 1, 1, 1), ALL, (42, 32, 26, 20)]
 has_bf16 = pytest.mark.skipif(not computes_in_bf16(), reason="this CPU has no bf16")
 
 

@@ -26,7 +26,7 @@ from runtime.profiling.profile import ProfileRequest, profile_bundle
 from runtime.reference import verify_engine
 from runtime.stream import Stream
 
-USUAL, SMALL = (42, 33, 26, 21), (36, 25, 17, 12)
+USUAL, SMALL = (42, 32, 26, 20), (36, 24, 16, 12)
 RESET = (60, *USUAL[1:])
 NEWEST = "tensorrt 11.4.0.106"
 
@@ -139,7 +139,7 @@ def test_verify_and_stream_take_it_as_any_backend(bundle, machine):
     with Stream(bundle, engine, keep_ratio=0.4) as stream:
         picture = pictures(1)[0][0]
         kept = [stream.step(picture, timestamp_s=t / 30).tokens_kept.tolist() for t in range(3)]
-    assert kept == [[60, 25, 17, 12], [36, 25, 17, 12], [36, 25, 17, 12]]
+    assert kept == [[60, 24, 16, 12], [36, 24, 16, 12], [36, 24, 16, 12]]
 
 
 def test_dense_graph_has_an_engine_of_its_own(bundle, machine):
@@ -322,7 +322,7 @@ def test_a_call_that_returns_false_is_a_failed_step(bundle, machine, name):
     buffers = load_engine(bundle, backend="tensorrt").open_stream()
     device.state.refuse.add(name)
     before = buffers.state()
-    with pytest.raises(StepError, match=r"TensorRT 11.4.0.106 failed on model.onnx with budget \(42, 33, 26, 21\)"):
+    with pytest.raises(StepError, match=r"TensorRT 11.4.0.106 failed on model.onnx with budget \(42, 32, 26, 20\)"):
         buffers.run(USUAL)
     assert_same([buffers.state()], [before])
     device.state.refuse.clear()
@@ -354,7 +354,7 @@ def test_budget_that_was_not_built_names_those_that_were(bundle, machine):
     device = machine()
     built(bundle, device)
     engine = load_engine(bundle, backend="tensorrt")
-    with pytest.raises(TokenBudgetError, match=r"9,9,9,9(.|\n)*42,33,26,21 \(usual\)(.|\n)*--token-budget 9,9,9,9"):
+    with pytest.raises(TokenBudgetError, match=r"9,9,9,9(.|\n)*42,32,26,20 \(usual\)(.|\n)*--token-budget 9,9,9,9"):
         engine.open_stream().run((9, 9, 9, 9))
 
 
