@@ -64,8 +64,9 @@ def stage_ratios(keep_ratio: float, first_stage: int = 0) -> tuple[float, ...]:
 def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0) -> tuple[int, ...]:
     """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to an even number, at least 1.
 
-    Even, because OpenVINO cuts the rows of attention into equal pieces for its threads: with 599 tokens, a prime, a
-    step of vpp-eo-tiny took 3 to 5 % longer than with 598. A stage that drops none keeps an odd ``patch_count``.
+    Even, because OpenVINO seems to cut the rows of attention into equal pieces for its threads: with 599 tokens, a
+    prime, a step of vpp-eo-tiny took 3 to 5 % longer than with 598. A stage that drops none keeps an odd
+    ``patch_count``.
 
     Raises:
         TokenBudgetError: ``keep_ratio`` is not in (0, 1].

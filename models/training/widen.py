@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.configs import CONFIGS, VppEoConfig
+from models.mask_head import MaskHead
 from models.vit import Block, Mlp
-from models.vpp_eo import MaskHead, VppEo
+from models.vpp_eo import VppEo
 from runtime.errors import CheckpointError, DeployError
 
 ModelName = Enum("ModelName", {name: name for name in CONFIGS}, type=str)  # what the command offers

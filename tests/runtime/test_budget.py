@@ -84,9 +84,9 @@ def test_budget_grows_with_the_keep_ratio(patch_count, ratios):
     assert all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
-def test_published_counts_made_even():
-    assert token_budget(2040, 0.55) == (1428, 1142, 912, 730)  # published: 913
-    assert token_budget(2040, 0.40) == (1224, 856, 598, 420)  # published: 599
+def test_counts_of_the_published_ratios_are_even():
+    assert token_budget(2040, 0.55) == (1428, 1142, 912, 730)  # 913.9 rounded down is odd
+    assert token_budget(2040, 0.40) == (1224, 856, 598, 420)  # so is 599.8
 
 
 @pytest.mark.parametrize("patch_count", [1, 7, 60, 2040])
