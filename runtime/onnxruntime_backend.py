@@ -290,9 +290,10 @@ def _session_options(ort: Any, threads: int, *, fp8: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Threads that spin while they wait take the cores from decoding, scaling and drawing. Measured with 2 threads
-    # on 2 cores: the bare step is as fast without, and `run` reaches 0.94 to 0.97 of it instead of 0.92.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A thread that sleeps between two operators takes tens of microseconds to wake, hundreds of times in a step; one
+    # that spins on after the step takes a core from decoding, scaling and drawing.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     if fp8:  # 1.31 fuses FP8 into an integer product, and then refuses that
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for _left_to_cpu

@@ -15,7 +15,7 @@ from runtime.errors import BackendError, BackendUnavailableError, StepError
 from runtime.machine import available_cores
 from runtime.manifest import GraphSpec
 from runtime.openvino_core import DEVICE, computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32
+from runtime.openvino_rewrites import BUDGET, fix_budget, keep_fp32, move_keys_as_rows
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -80,6 +80,7 @@ class OpenVinoEngine:
             model = self._read()
             try:
                 join_deformable_attention(model, self.report.threads or available_cores(), self.failures)
+                move_keys_as_rows(model)
                 if self._config["INFERENCE_PRECISION_HINT"] == "bf16":
                     keep_fp32(self._core, model)
                 model.reshape({spec.name: list(spec.shape_for(batch)) for spec in self.graph.inputs})

@@ -1,4 +1,4 @@
-"""What OpenVINO leaves to us: fp32 amid bf16, and a fixed budget."""
+"""What OpenVINO leaves to us: fp32 amid bf16, a fixed budget, and keys that move as rows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Node = Any  # openvino.Node has no stubs
 BUDGET = "token_budget"  # the input
 _VALUES = ("Parameter", "Constant")
 _MOVES = ("Concat", "Gather", "Reshape", "Transpose", "Unsqueeze")
+_KEYS_ORDER = [0, 2, 3, 1]  # [B, N, heads, d] -> [B, heads, d, N]
 _SOURCES = ("MatMul", *_VALUES)  # where rounding has happened, or cannot
 # One operator with the attribute that keeps it in its own precision; Python can copy the attribute but not make it.
 _PRECISE_RELU = """
@@ -83,6 +84,29 @@ def fix_budget(model: ov.Model, budget: tuple[int, ...]) -> None:
     parameter.output(0).replace(ops.constant(np.array(budget, np.int64)).output(0))
     model.remove_parameter(parameter)
     model.validate_nodes_and_infer_types()
+
+
+def move_keys_as_rows(model: ov.Model) -> int:
+    """Bring the keys of an attention [B, N, heads, d] into the product's order in two steps instead of one.
+
+    The first, [B, heads, N, d], moves rows of d values; the second OpenVINO's attention kernel does as it reads. In one
+    step an operator before it moves value by value.
+
+    Returns:
+        How many products read keys in that way.
+    """
+    from openvino import opset13 as ops
+
+    rewritten = 0
+    for product in [node for node in model.get_ops() if node.get_type_name() == "MatMul"]:
+        keys = product.input_value(1).get_node()
+        if keys.get_type_name() != "Transpose" or keys.input_value(1).get_node().get_data().tolist() != _KEYS_ORDER:
+            continue
+        rows = ops.transpose(keys.input_value(0), np.array([0, 2, 1, 3]), name=f"{keys.get_friendly_name()}/rows")
+        columns = ops.transpose(rows, np.array([0, 1, 3, 2]), name=keys.get_friendly_name())
+        product.input(1).replace_source_output(columns.output(0))
+        rewritten += 1
+    return rewritten
 
 
 def _spread(

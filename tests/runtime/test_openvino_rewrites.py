@@ -1,11 +1,12 @@
-"""What is changed before OpenVINO compiles: operators that stay fp32 in bf16."""
+"""What is changed before OpenVINO compiles: operators that stay fp32 in bf16, and how keys move."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from runtime.openvino_core import computes_in_bf16, openvino_core
-from runtime.openvino_rewrites import keep_fp32
+from runtime.openvino_rewrites import BUDGET, keep_fp32, move_keys_as_rows
 
 pytest.importorskip("openvino")
 
@@ -38,3 +39,20 @@ def test_in_bf16_map_sm_stays_fp32_and_the_masks_do_not(micro):
     assert "bf16" in rounded["MatMul"]
     for kind in ("MatMul", "Reduce", "TopK", "GatherElements"):
         assert kept[kind] - {"i32"} == {"f32"}, kind
+
+
+def test_keys_that_move_as_rows_give_the_same(micro):
+    core, graph = openvino_core(), micro.manifest.graph
+    inputs = {spec.name: np.zeros(spec.shape_for(1), spec.dtype) for spec in graph.inputs}
+    inputs["image"][:] = np.random.default_rng(0).integers(0, 256, inputs["image"].shape)
+    inputs[BUDGET][:] = micro.manifest.budget_rule.patch_count
+    answers = []
+    for rewrite in (False, True):
+        model = core.read_model(str(micro.path(graph)))
+        if rewrite:
+            assert move_keys_as_rows(model) == micro.manifest.depth
+            assert move_keys_as_rows(model) == 0, "nothing is left to do"
+        model.reshape({name: list(value.shape) for name, value in inputs.items()})
+        answers.append(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs))
+    for name in ("class_logits", "mask_logits", "next_prior.keep_logits"):
+        np.testing.assert_allclose(answers[1][name], answers[0][name], rtol=1e-4, atol=1e-4)
