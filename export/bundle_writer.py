@@ -189,6 +189,7 @@ def _manifest(
         stage_blocks=config.stage_blocks,
         first_stage=model.budget_rule.first_stage,
         reset_stages=model.budget_rule.reset_stages,
+        joined_tokens=model.budget_rule.joined_tokens,
         presets=presets,
         default_preset=default,
         graph=graph,

@@ -151,7 +151,7 @@ class VppEo(PrunedHost):
         """Which budgets the network takes; one that re-uses features computes every token without a prior."""
         stages = self.config.stages
         reset_stages = 1 if self.config.pruned in OF_THIS_FRAME else stages
-        return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages)
+        return BudgetRule(self.patch_count, stages, self.config.first_stage, reset_stages, self.config.queries)
 
     @property
     def has_decisions(self) -> bool:

@@ -61,24 +61,47 @@ def stage_ratios(keep_ratio: float, first_stage: int = 0) -> tuple[float, ...]:
     )
 
 
-def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0) -> tuple[int, ...]:
-    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to an even number, at least 1.
+def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0, joined_tokens: int = 0) -> tuple[int, ...]:
+    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to whole pieces, at least 1.
 
-    Even, because OpenVINO seems to cut the rows of attention into equal pieces for its threads: with 599 tokens, a
-    prime, a step of vpp-eo-tiny took 3 to 5 % longer than with 598. A stage that drops none keeps an odd
-    ``patch_count``.
+    A piece is :func:`tokens_in_a_piece`. A stage that drops none keeps a ``patch_count`` of any size.
+
+    Args:
+        joined_tokens: Others that the blocks after the last stage compute with those kept there, such as queries: with
+            them the sum is whole pieces.
 
     Raises:
         TokenBudgetError: ``keep_ratio`` is not in (0, 1].
 
-    >>> token_budget(2040, 0.55), token_budget(2040, 1.0), token_budget(2, 0.1)
-    ((1428, 1142, 912, 730), (2040, 2040, 2040, 2040), (1, 1, 1, 1))
+    >>> token_budget(2040, 0.55), token_budget(2040, 0.40, joined_tokens=50), token_budget(2, 0.1)
+    ((1424, 1136, 912, 720), (1216, 848, 592, 414), (1, 1, 1, 1))
     """
+    piece, ratios = tokens_in_a_piece(patch_count), stage_ratios(keep_ratio, first_stage)
+    joined = (0,) * (len(ratios) - 1) + (joined_tokens,)
     counts = (
-        patch_count if ratio == 1.0 else max(1, math.floor(patch_count * ratio / 2) * 2)
-        for ratio in stage_ratios(keep_ratio, first_stage)
+        patch_count if ratio == 1.0 else _whole_pieces(math.floor(patch_count * ratio), others, piece)
+        for ratio, others in zip(ratios, joined, strict=True)
     )
-    return tuple(accumulate(counts, min))  # rounding in the ratios must not undo the nesting
+    return tuple(accumulate(counts, min))  # rounding must not undo the nesting
+
+
+def tokens_in_a_piece(patch_count: int) -> int:
+    """Token counts are multiples of this: the largest power of two within a hundredth of the patches, 2 to 16.
+
+    Backends compute tokens in tiles, and share them among threads in equal parts. Attention to 598 tokens ran at 108 of
+    10^9 multiply-accumulates a second in OpenVINO fp32, to 592 at 118; with 599, a prime, a step of vpp-eo-tiny took 3
+    to 5 % longer than with 598 (two threads, AVX-512).
+
+    >>> [tokens_in_a_piece(patches) for patches in (60, 240, 960, 2040, 10_000)]
+    [2, 2, 8, 16, 16]
+    """
+    return 2 ** min(4, max(1, (patch_count // 100).bit_length() - 1))
+
+
+def _whole_pieces(share: int, others: int, piece: int) -> int:
+    """Most tokens within a share that are whole pieces with the others; the share, or 1, if there are none."""
+    count = (share + others) // piece * piece - others
+    return count if count >= 1 else max(1, share)
 
 
 def reset_budget(budget: Sequence[int], patch_count: int, stages: int = 1) -> tuple[int, ...]:
@@ -126,12 +149,14 @@ class BudgetRule:
         first_stage: The first stage that drops tokens; the ones before it keep all.
         reset_stages: Stages that keep all on a frame without a prior: the first as published, every one where pruned
             tokens take their features from the frame before.
+        joined_tokens: Others that the blocks after the last stage compute, see :func:`token_budget`.
     """
 
     patch_count: int
     stages: int = STAGES
     first_stage: int = 0
     reset_stages: int = 1
+    joined_tokens: int = 0
 
     def for_ratio(self, keep_ratio: float) -> tuple[int, ...]:
         """The budget of a mean keep ratio over all blocks.
@@ -139,7 +164,7 @@ class BudgetRule:
         Raises:
             TokenBudgetError: ``keep_ratio`` is not in (0, 1].
         """
-        return token_budget(self.patch_count, keep_ratio, self.first_stage)
+        return token_budget(self.patch_count, keep_ratio, self.first_stage, self.joined_tokens)
 
     def at_reset(self, budget: Sequence[int]) -> tuple[int, ...]:
         """What a frame without a prior uses instead."""

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from runtime.budget import BudgetRule
 from runtime.errors import BundleIntegrityError, BundleSchemaError, TokenBudgetError
 
-SCHEMA_VERSION = 3  # 2: first_stage, reset_stages, giga_macs, depth, stage_blocks; 3: part_costs
+# 2: first_stage, reset_stages, giga_macs, depth, stage_blocks; 3: part_costs; 4: joined_tokens
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 
 Count = Annotated[int, Field(ge=1)]
@@ -193,7 +194,7 @@ class Manifest(_Strict):
         stages: Selection stages; every budget has that many counts.
         depth: Transformer blocks.
         stage_blocks: Block before which each selection stage stands.
-        first_stage, reset_stages: See :class:`runtime.budget.BudgetRule`.
+        first_stage, reset_stages, joined_tokens: See :class:`runtime.budget.BudgetRule`.
         baseline: The same weights without any selection operator, to measure against.
         giga_macs: Multiply-accumulates of one step with a prior, in 10^9, by preset, and ``dense`` without selection.
         precision: What the linear layers are computed in.
@@ -215,6 +216,7 @@ class Manifest(_Strict):
     stage_blocks: tuple[Annotated[int, Field(ge=0)], ...]
     first_stage: Annotated[int, Field(ge=0, le=1)] = 0
     reset_stages: Count = 1
+    joined_tokens: Annotated[int, Field(ge=0)] = 0
     presets: dict[str, tuple[int, ...]]
     default_preset: str
     graph: GraphSpec
@@ -243,7 +245,7 @@ class Manifest(_Strict):
     @property
     def budget_rule(self) -> BudgetRule:
         """Which budgets the network takes."""
-        return BudgetRule(self.patch_count, self.stages, self.first_stage, self.reset_stages)
+        return BudgetRule(self.patch_count, self.stages, self.first_stage, self.reset_stages, self.joined_tokens)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runtime.budget import reset_budget, stage_ratios, token_budget, validate_budget
+from runtime.budget import reset_budget, stage_ratios, token_budget, tokens_in_a_piece, validate_budget
 from runtime.errors import TokenBudgetError
 
 ROWS = {  # design.md, "Schedules"; written out here so that a change of the table shows
@@ -58,13 +58,20 @@ def test_schedule_is_linear_between_rows_and_scaled_below(keep_ratio):
     assert stage_ratios(keep_ratio) == pytest.approx(want, rel=1e-12)
 
 
-@given(patch_counts, keep_ratios)
-def test_budget_is_the_largest_even_number_within_the_share(patch_count, keep_ratio):
-    counts = token_budget(patch_count, keep_ratio)
-    for count, ratio in zip(counts, stage_ratios(keep_ratio), strict=True):
-        share = int(patch_count * ratio // 1)
+@given(patch_counts, keep_ratios, st.integers(0, 300))
+@example(2040, 0.4, 50)
+@example(60, 0.1, 7)
+def test_budget_is_as_many_whole_pieces_as_the_share_holds(patch_count, keep_ratio, joined):
+    counts, piece = token_budget(patch_count, keep_ratio, joined_tokens=joined), tokens_in_a_piece(patch_count)
+    assert piece in (2, 4, 8, 16) and (piece == 2 or piece <= patch_count / 100)
+    for stage, (count, ratio) in enumerate(zip(counts, stage_ratios(keep_ratio), strict=True)):
+        share, others = int(patch_count * ratio // 1), joined * (stage == 3)
         assert type(count) is int
-        assert count == (patch_count if ratio == 1.0 else max(1, share - share % 2))
+        if ratio == 1.0:
+            assert count == patch_count
+        else:
+            whole = [n for n in range(1, share + 1) if (n + others) % piece == 0]
+            assert count == min(max(whole, default=max(1, share)), counts[stage - 1] if stage else patch_count)
 
 
 @given(patch_counts, keep_ratios)
@@ -75,18 +82,19 @@ def test_budget_is_nested_and_within_the_patches(patch_count, keep_ratio):
     assert validate_budget(counts, patch_count, 4) == counts
 
 
-@given(patch_counts, st.tuples(keep_ratios, keep_ratios).map(sorted))
-@example(1000, [math.nextafter(0.55, 0), 0.55])
-@example(1000, [0.55, math.nextafter(0.55, 1)])
-@example(1000, [0.4, math.nextafter(0.4, 1)])
-def test_budget_grows_with_the_keep_ratio(patch_count, ratios):
-    smaller, larger = (token_budget(patch_count, ratio) for ratio in ratios)
+@given(patch_counts, st.tuples(keep_ratios, keep_ratios).map(sorted), st.integers(0, 300))
+@example(1000, [math.nextafter(0.55, 0), 0.55], 0)
+@example(1000, [0.55, math.nextafter(0.55, 1)], 0)
+@example(1000, [0.4, math.nextafter(0.4, 1)], 50)
+def test_budget_grows_with_the_keep_ratio(patch_count, ratios, joined):
+    smaller, larger = (token_budget(patch_count, ratio, joined_tokens=joined) for ratio in ratios)
     assert all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
-def test_counts_of_the_published_ratios_are_even():
-    assert token_budget(2040, 0.55) == (1428, 1142, 912, 730)  # 913.9 rounded down is odd
-    assert token_budget(2040, 0.40) == (1224, 856, 598, 420)  # so is 599.8
+def test_counts_of_the_published_ratios_are_multiples_of_sixteen():
+    assert token_budget(2040, 0.55) == (1424, 1136, 912, 720)  # of 1428, 1142.4, 913.9 and 730.3
+    assert token_budget(2040, 0.40) == (1216, 848, 592, 416)  # of 1224, 856.8, 599.8 and 420.2
+    assert token_budget(2040, 0.40, joined_tokens=50)[3] + 50 == 464  # so are they with the queries
 
 
 @pytest.mark.parametrize("patch_count", [1, 7, 60, 2040])
