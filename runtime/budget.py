@@ -95,7 +95,7 @@ def tokens_in_a_piece(patch_count: int) -> int:
     >>> [tokens_in_a_piece(patches) for patches in (60, 240, 960, 2040, 10_000)]
     [2, 2, 8, 16, 16]
     """
-    return 2 ** min(4, max(1, (patch_count // 100).bit_length() - 1))
+    return 1 << min(4, max(1, (patch_count // 100).bit_length() - 1))
 
 
 def _whole_pieces(share: int, others: int, piece: int) -> int:
