@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import sys
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -135,6 +137,16 @@ def test_image_buffer_is_what_the_graph_reads(buffers, drifting_frames):
     assert (buffers.run(ALL)["mask_logits"] != first).any()
     buffers.image[0] = one
     np.testing.assert_array_equal(buffers.run(ALL)["mask_logits"], first)
+
+
+def test_threads_rest_between_steps(micro):
+    with contextlib.closing(load_engine(micro, threads=2)) as engine:
+        stream = engine.open_stream()
+        for _ in range(5):
+            stream.run(ALL)
+            before = time.process_time()
+            time.sleep(0.1)
+            assert time.process_time() - before < 0.05, "a thread that spins takes a core from decoding"
 
 
 def test_state_stays_until_it_is_committed(buffers, drifting_frames):
