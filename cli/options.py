@@ -29,7 +29,7 @@ KeepRatioOption = Annotated[
 BudgetOption = Annotated[
     str | None,
     typer.Option(help="Tokens kept at each stage instead of --keep-ratio: counts with commas, each 1 to N and none "
-                 "larger than the one before, e.g. 1428,1142,912,730."),
+                 "larger than the one before, e.g. 1424,1136,912,718."),
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def read_counts(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise TokenBudgetError(
-            f"token budget {text!r}: every count is an integer, separated by commas, e.g. 1428,1142,912,730."
+            f"token budget {text!r}: every count is an integer, separated by commas, e.g. 1424,1136,912,718."
         ) from error
 
 
