@@ -291,7 +291,8 @@ def _session_options(ort: Any, threads: int, *, fp8: bool) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # A thread that sleeps between two operators takes tens of microseconds to wake, hundreds of times in a step; one
-    # that spins on after the step takes a core from decoding, scaling and drawing.
+    # that spins on after the step takes a core from decoding, scaling and drawing. (Versions that do not know the
+    # second setting spin for longer, within the step.)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     if fp8:  # 1.31 fuses FP8 into an integer product, and then refuses that
