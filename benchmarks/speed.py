@@ -54,7 +54,7 @@ def random_bundle(name: str, image_size: tuple[int, int], folder: Path) -> Bundl
     torch.manual_seed(0)
     model = VppEo(config_by_name(name)).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):  # new ones have none, and the export drops sums with zeros
+        if isinstance(module, torch.nn.Linear):  # the export may drop a sum with zeros, as biases begin
             torch.nn.init.normal_(module.bias, std=0.02)
     height, width = model.config.image_size
     picture = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8)

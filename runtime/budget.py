@@ -62,13 +62,12 @@ def stage_ratios(keep_ratio: float, first_stage: int = 0) -> tuple[float, ...]:
 
 
 def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0, joined_tokens: int = 0) -> tuple[int, ...]:
-    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to whole pieces, at least 1.
-
-    A piece is :func:`tokens_in_a_piece`. A stage that drops none keeps a ``patch_count`` of any size.
+    """Tokens kept at each stage: the stage's share of ``patch_count``, rounded down to a multiple of
+    :func:`token_multiple`, at least 1. A stage that drops none keeps a ``patch_count`` of any size.
 
     Args:
-        joined_tokens: Others that the blocks after the last stage compute with those kept there, such as queries: with
-            them the sum is whole pieces.
+        joined_tokens: Others that the blocks after the last stage compute with those kept there, such as queries: the
+            sum of both is the multiple.
 
     Raises:
         TokenBudgetError: ``keep_ratio`` is not in (0, 1].
@@ -76,31 +75,31 @@ def token_budget(patch_count: int, keep_ratio: float, first_stage: int = 0, join
     >>> token_budget(2040, 0.55), token_budget(2040, 0.40, joined_tokens=50), token_budget(2, 0.1)
     ((1424, 1136, 912, 720), (1216, 848, 592, 414), (1, 1, 1, 1))
     """
-    piece, ratios = tokens_in_a_piece(patch_count), stage_ratios(keep_ratio, first_stage)
+    multiple, ratios = token_multiple(patch_count), stage_ratios(keep_ratio, first_stage)
     joined = (0,) * (len(ratios) - 1) + (joined_tokens,)
     counts = (
-        patch_count if ratio == 1.0 else _whole_pieces(math.floor(patch_count * ratio), others, piece)
+        patch_count if ratio == 1.0 else _rounded_down(math.floor(patch_count * ratio), others, multiple)
         for ratio, others in zip(ratios, joined, strict=True)
     )
     return tuple(accumulate(counts, min))  # rounding must not undo the nesting
 
 
-def tokens_in_a_piece(patch_count: int) -> int:
+def token_multiple(patch_count: int) -> int:
     """Token counts are multiples of this: the largest power of two within a hundredth of the patches, 2 to 16.
 
     Backends compute tokens in tiles, and share them among threads in equal parts. Attention to 598 tokens ran at 108 of
     10^9 multiply-accumulates a second in OpenVINO fp32, to 592 at 118; with 599, a prime, a step of vpp-eo-tiny took 3
     to 5 % longer than with 598 (two threads, AVX-512).
 
-    >>> [tokens_in_a_piece(patches) for patches in (60, 240, 960, 2040, 10_000)]
+    >>> [token_multiple(patches) for patches in (60, 240, 960, 2040, 10_000)]
     [2, 2, 8, 16, 16]
     """
     return 1 << min(4, max(1, (patch_count // 100).bit_length() - 1))
 
 
-def _whole_pieces(share: int, others: int, piece: int) -> int:
-    """Most tokens within a share that are whole pieces with the others; the share, or 1, if there are none."""
-    count = (share + others) // piece * piece - others
+def _rounded_down(share: int, others: int, multiple: int) -> int:
+    """Most tokens within a share that make a multiple with the others; the share, or 1, if there are none."""
+    count = (share + others) // multiple * multiple - others
     return count if count >= 1 else max(1, share)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runtime.budget import reset_budget, stage_ratios, token_budget, tokens_in_a_piece, validate_budget
+from runtime.budget import reset_budget, stage_ratios, token_budget, token_multiple, validate_budget
 from runtime.errors import TokenBudgetError
 
 ROWS = {  # design.md, "Schedules"; written out here so that a change of the table shows
@@ -61,16 +61,16 @@ def test_schedule_is_linear_between_rows_and_scaled_below(keep_ratio):
 @given(patch_counts, keep_ratios, st.integers(0, 300))
 @example(2040, 0.4, 50)
 @example(60, 0.1, 7)
-def test_budget_is_as_many_whole_pieces_as_the_share_holds(patch_count, keep_ratio, joined):
-    counts, piece = token_budget(patch_count, keep_ratio, joined_tokens=joined), tokens_in_a_piece(patch_count)
-    assert piece in (2, 4, 8, 16) and (piece == 2 or piece <= patch_count / 100)
+def test_budget_is_the_largest_multiple_within_the_share(patch_count, keep_ratio, joined):
+    counts, multiple = token_budget(patch_count, keep_ratio, joined_tokens=joined), token_multiple(patch_count)
+    assert multiple in (2, 4, 8, 16) and (multiple == 2 or multiple <= patch_count / 100)
     for stage, (count, ratio) in enumerate(zip(counts, stage_ratios(keep_ratio), strict=True)):
         share, others = int(patch_count * ratio // 1), joined * (stage == 3)
         assert type(count) is int
         if ratio == 1.0:
             assert count == patch_count
         else:
-            whole = [n for n in range(1, share + 1) if (n + others) % piece == 0]
+            whole = [n for n in range(1, share + 1) if (n + others) % multiple == 0]
             assert count == min(max(whole, default=max(1, share)), counts[stage - 1] if stage else patch_count)
 
 
